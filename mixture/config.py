@@ -1,0 +1,56 @@
+"""The `dataset:` section of a run: which rows, which split, how long, packed or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(kw_only=True, frozen=True)
+class DatasetConfig:
+    """The rows to train on, and how they become token rows. Any further key reaches the dataset module."""
+
+    name: str | None = None
+    """Module in datasets/, without .py. Only a label where `file` is given."""
+
+    file: str | None = None
+    """Path of a dataset module, PATH.py or PATH.py:FUNCTION. Relative paths are tried from the config's
+    folder, datasets/, the project's folder and the working folder."""
+
+    train_split: str = "train"
+    """Split name passed to the module for training rows."""
+
+    test_split: str = "test"
+    """Split name passed to the module for held-out rows."""
+
+    split_ratio: float | None = None
+    """Share of rows that go to training where the module splits one set. Unset: the module's own default."""
+
+    limit: int | None = None
+    """Keep at most this many rows of each split, the first ones the module returns."""
+
+    max_length: int = 1024
+    """Longest row in tokens, and the length of a pack."""
+
+    over_length: Literal["drop", "split", "truncate"] | None = None
+    """What happens to longer rows; always counted. Unset: `split` for pretraining, `drop` for conversations."""
+
+    packing: bool = True
+    """Put several samples into one row of `max_length` tokens, without attention across samples."""
+
+    data_files: str | list[str] | dict[str, Any] | None = None
+    """Local files with the module's columns, read instead of the hub: a path, a list of paths, or
+    {split: path or paths}."""
+
+    module_keys: dict[str, Any] = field(default_factory=dict)
+    """Every other key of `dataset:`, for the module to read. Filled by the config reader, not by the user."""
+
+    def __post_init__(self) -> None:
+        if not self.name and not self.file:
+            raise ValueError("dataset.name or dataset.file is required: a module in datasets/, or a path to one")
+        if self.split_ratio is not None and not 0 < self.split_ratio < 1:
+            raise ValueError(f"dataset.split_ratio must lie between 0 and 1, got {self.split_ratio}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"dataset.limit must be at least 1, got {self.limit}")
+        if self.max_length < 8:
+            raise ValueError(f"dataset.max_length must be at least 8 tokens, got {self.max_length}")

@@ -1,0 +1,1 @@
+"""What the trainers share: models, packed batches, attention, losses, checkpoints, the block trainer."""

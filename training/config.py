@@ -1,0 +1,201 @@
+"""What trainers are told: model, adapters, optimisation, evaluation. No torch here, so a login node can check a run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+LearningRateSchedule = Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"]
+
+
+@dataclass(kw_only=True, frozen=True)
+class LoraConfig:
+    """Low-rank adapters (peft), read where `model.peft` is true."""
+
+    r: int = 16
+    """Rank of the update."""
+
+    alpha: int = 32
+    """Scale; the update is multiplied by alpha / r."""
+
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+
+    target_modules: str | list[str] = "all-linear"
+    """Names of the layers that get an adapter, or `all-linear` for every linear layer but the output head."""
+
+    modules_to_save: list[str] = field(default_factory=list)
+    """Layers trained in full beside the adapters."""
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"model.lora.r must be at least 1, got {self.r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.lora.dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass(kw_only=True, frozen=True)
+class ModelConfig:
+    """The model to train, and whether in full or through adapters."""
+
+    name: str
+    """Hub id, or a folder with config.json."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer. Unset: the model's own."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of the forward pass. `auto`: bfloat16 on a GPU that has it, float32 elsewhere."""
+
+    from_scratch: bool = False
+    """Random weights from the model's config instead of its trained ones."""
+
+    attention: Literal["varlen", "sdpa", "eager"] = "varlen"
+    """`varlen` attends inside each packed sample only and needs no mask; the others need `dataset.packing: false`."""
+
+    trust_remote_code: bool = False
+    """Run Python code shipped with the model. Read it first."""
+
+    peft: bool = False
+    """Train adapters instead of all weights."""
+
+    peft_method: Literal["lora", "dora", "qlora"] = "lora"
+    """Kind of adapter. `qlora` holds the base in 4 bits and needs bitsandbytes."""
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Shape of the adapters."""
+
+    merge_adapter: bool = False
+    """Export the base model with the adapter merged in, beside the adapter."""
+
+    checkpoint_dir: str | None = None
+    """Folder that receives the trained model. Unset: `export/` in the run folder."""
+
+    def __post_init__(self) -> None:
+        if self.merge_adapter and not self.peft:
+            raise ValueError("model.merge_adapter needs model.peft: true")
+        if self.from_scratch and self.peft:
+            raise ValueError("model.from_scratch cannot be combined with model.peft: an adapter on random weights")
+
+
+@dataclass(kw_only=True, frozen=True)
+class TrainingConfig:
+    """Optimisation over the whole chain. The horizon is `epochs_per_job` x `total_jobs` epochs."""
+
+    lr: float
+    """Peak learning rate, reached at the end of warmup."""
+
+    batch_size: int = 8
+    """Rows (packs, where the dataset is packed) per device and micro-batch."""
+
+    epochs_per_job: int = 1
+    """Epochs in one block of the chain."""
+
+    total_jobs: int = 1
+    """Blocks in the chain."""
+
+    gradient_accumulation: int = 1
+    """Micro-batches per optimizer step; gradients are normalised by the global token count."""
+
+    lr_scheduler: LearningRateSchedule = "cosine"
+    """Shape of the learning rate after warmup, over the whole horizon."""
+
+    warmup: float = 0.03
+    """Linear warmup from 0: a share of the horizon when below 1, else optimizer steps."""
+
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 turns clipping off."""
+
+    save_every: str | int | None = None
+    """Checkpoints inside a block: optimizer steps (200) or time (30m, 2h). Unset: at block ends only."""
+
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep, at least 2."""
+
+    log_every: int = 10
+    """Optimizer steps between lines in metrics.jsonl."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Any field of transformers.TrainingArguments that this kit does not set itself."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.lr <= 0:
+            problems.append(f"training.lr must be above 0, got {self.lr}")
+        for key in ("batch_size", "epochs_per_job", "total_jobs", "gradient_accumulation", "log_every"):
+            if getattr(self, key) < 1:
+                problems.append(f"training.{key} must be at least 1, got {getattr(self, key)}")
+        if self.keep_checkpoints < 2:
+            problems.append(f"training.keep_checkpoints must be at least 2, got {self.keep_checkpoints}")
+        if self.warmup < 0:
+            problems.append(f"training.warmup must not be negative, got {self.warmup}")
+        try:
+            self.save_interval
+        except ValueError as error:
+            problems.append(str(error))
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def save_interval(self) -> SaveInterval:
+        """`save_every`, read as steps or seconds."""
+        if self.save_every is None:
+            return SaveInterval()
+        text = str(self.save_every).strip()
+        match = re.fullmatch(r"(\d+)\s*(steps?|s|m|min|h)?", text)
+        if not match or int(match[1]) < 1:
+            raise ValueError(f"training.save_every must be steps (200) or a time (90s, 30m, 2h), got {self.save_every!r}")
+        number, unit = int(match[1]), match[2]
+        if unit in (None, "step", "steps"):
+            return SaveInterval(steps=number)
+        return SaveInterval(seconds=number * {"s": 1, "m": 60, "min": 60, "h": 3600}[unit])
+
+    def warmup_steps(self, horizon_steps: int) -> int:
+        """Optimizer steps of warmup for a horizon of `horizon_steps`."""
+        return round(self.warmup * horizon_steps) if self.warmup < 1 else round(self.warmup)
+
+
+@dataclass(kw_only=True, frozen=True)
+class SaveInterval:
+    """When to save inside a block: after so many steps, or so many seconds. Both unset: never."""
+
+    steps: int | None = None
+    seconds: int | None = None
+
+
+@dataclass(kw_only=True, frozen=True)
+class FinetuningConfig:
+    """The finetuning trainer."""
+
+    objective: Literal["sft", "pretrain"] = "sft"
+    """`sft`: loss on assistant turns. `pretrain`: loss on every token."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class EvaluationConfig:
+    """The last job of the chain: scores on the test split."""
+
+    limit: int = 100
+    """Rows to generate answers for, where the dataset module has `score`; 0 turns generation off."""
+
+    max_new_tokens: int = 256
+    """Longest generated answer."""
+
+    batch_size: int | None = None
+    """Rows per evaluation batch. Unset: `training.batch_size`."""
+
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise ValueError(f"evaluation.limit must not be negative, got {self.limit}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"evaluation.max_new_tokens must be at least 1, got {self.max_new_tokens}")

@@ -1,0 +1,123 @@
+"""The run folder: where everything about one run lies, and the logs that its jobs append to.
+
+    config.yaml     resolved config              events.jsonl   what every job did
+    manifest.json   versions, git state, data    metrics.jsonl  loss and speed, a line per logging step
+    code/           snapshot the jobs run        logs/          one file per job
+    chain.json      journal of submissions       checkpoints/   resume points
+    evaluation.json scores of the last job       export/        the trained model
+    DONE            the chain has finished       HALT           a job found an error that a retry cannot cure
+    STOP            the user asked the chain to end
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run, and its append-only logs."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def code(self) -> Path:
+        return self.path / "code"
+
+    @property
+    def chain(self) -> Path:
+        return self.path / "chain.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def done(self) -> Path:
+        return self.path / "DONE"
+
+    @property
+    def halt(self) -> Path:
+        return self.path / "HALT"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "STOP"
+
+    def record_event(self, event: str, **details: Any) -> None:
+        """Append one line to events.jsonl: time, job, what happened."""
+        job = {"job": os.environ.get("SLURM_JOB_ID"), "host": os.uname().nodename}
+        append_line(self.path / "events.jsonl", {"time": time.time(), "event": event, **job, **details})
+
+    def record_metrics(self, **metrics: Any) -> None:
+        """Append one line to metrics.jsonl. After a crash a step can appear twice; the last line counts."""
+        append_line(self.path / "metrics.jsonl", {"time": time.time(), **metrics})
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The events so far, oldest first."""
+        return read_lines(self.path / "events.jsonl")
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The metrics so far, oldest first."""
+        return read_lines(self.path / "metrics.jsonl")
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append one JSON line with a single write, so that lines of several jobs never mix."""
+    descriptor = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o644)
+    try:
+        os.write(descriptor, orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY))
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON lines of a log; a torn last line of a killed writer is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                yield orjson.loads(line)
+            except orjson.JSONDecodeError:
+                continue
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing: beside it, to disk, then renamed into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
