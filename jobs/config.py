@@ -1,0 +1,421 @@
+"""The settings of a run: YAML and command line in, typed and checked dataclasses out, all problems at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from jobs.config_file import ConfigError, ConfigTree, KeyPath, Problem, read_config_file, read_overrides
+from mixture.config import DatasetConfig
+from training.arguments import OWNED_ARGUMENTS, training_argument_names
+from training.config import EvaluationConfig, FinetuningConfig, ModelConfig, TrainingConfig
+
+PROJECT = Path(__file__).resolve().parent.parent
+"""The folder with train.sh: relative paths to runs, data and dataset modules start here."""
+
+SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key|credentials?)$", re.IGNORECASE)
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+Config = TypeVar("Config")
+
+
+@dataclass(kw_only=True, frozen=True)
+class SlurmConfig:
+    """What each job of the chain asks Slurm for."""
+
+    partition: str | None = None
+    """Partition; the cluster's default where unset."""
+
+    time: str | int | None = None
+    """Time limit of one block: HH:MM:SS, D-HH:MM:SS, or minutes."""
+
+    nodes: int = 1
+    """Nodes per block."""
+
+    gpus_per_node: int | None = None
+    """GPUs, and so processes, per node. Unset: one process per node and no GPU request."""
+
+    cpus_per_task: int | None = None
+    """CPU cores per process."""
+
+    mem: str | int | None = None
+    """Memory per node: 64G, or MiB."""
+
+    account: str | None = None
+    """Account the time is charged to."""
+
+    qos: str | None = None
+    """Quality of service."""
+
+    constraint: str | None = None
+    """Node features, for example a GPU type."""
+
+    gpu_id: int | str | None = None
+    """CUDA_VISIBLE_DEVICES, for clusters and machines where Slurm hands out no GPUs; refused beside `gpus_per_node`."""
+
+    setup: list[str] = field(default_factory=list)
+    """Shell lines run at the start of every job, for example `module load cuda`."""
+
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Any further sbatch option by its long name, for example {reservation: friday, exclusive: true}."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.nodes < 1:
+            problems.append(f"slurm.nodes must be at least 1, got {self.nodes}")
+        if self.gpus_per_node is not None and self.gpus_per_node < 1:
+            problems.append(f"slurm.gpus_per_node must be at least 1 where it is given, got {self.gpus_per_node}")
+        if self.gpus_per_node is not None and self.gpu_id is not None:
+            problems.append("slurm.gpu_id picks a device by hand and fights slurm.gpus_per_node; keep one of them")
+        try:
+            self.time_limit_minutes  # noqa: B018
+        except ValueError as error:
+            problems.append(str(error))
+        for option in self.extra:
+            if option.replace("-", "_") in OWNED_SBATCH_OPTIONS:
+                problems.append(f"slurm.extra.{option} is set by the chain itself; remove it")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def time_limit_minutes(self) -> int | None:
+        """`time` in whole minutes, rounded up, read as sbatch reads it."""
+        if self.time is None:
+            return None
+        text = str(self.time)
+        match = re.fullmatch(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})", text)
+        if not match:
+            raise ValueError(f"slurm.time must be HH:MM:SS, D-HH:MM:SS or minutes, got {text!r}")
+        parts = [int(part) for part in match["clock"].split(":")]
+        if match["days"] is not None:
+            hours, minutes, seconds = (*parts, 0, 0)[:3]
+        elif len(parts) == 3:
+            hours, minutes, seconds = parts
+        else:
+            hours, minutes, seconds = 0, *((*parts, 0)[:2])
+        total_s = (int(match["days"] or 0) * 24 + hours) * 3600 + minutes * 60 + seconds
+        if total_s < 60:
+            raise ValueError(f"slurm.time must be at least one minute, got {text!r}")
+        return -(-total_s // 60)
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Processes per node: one per GPU."""
+        return self.gpus_per_node or 1
+
+    @property
+    def world_size(self) -> int:
+        """Processes of one block."""
+        return self.nodes * self.tasks_per_node
+
+
+OWNED_SBATCH_OPTIONS = frozenset(
+    """partition time nodes gpus_per_node cpus_per_task mem account qos constraint job_name dependency output error
+    ntasks ntasks_per_node requeue kill_on_invalid_dep hold signal wrap open_mode gres chdir""".split()  # noqa: SIM905
+)
+"""sbatch options that keys of this section, or the chain, decide."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class RunConfig:
+    """One run: what is trained on what, how, and where."""
+
+    name: str
+    """Name of the run and of its folder; the file's name where unset."""
+
+    trainer: Literal["finetuning"] = "finetuning"
+    """Which trainer runs in the blocks."""
+
+    cluster: Literal["auto", "slurm", "local"] = "auto"
+    """`slurm` submits the chain, `local` runs it here; `auto` takes Slurm where sbatch is on the PATH."""
+
+    seed: int = 42
+    """Seed of everything random: new weights, data order, dropout."""
+
+    runs_dir: str = "runs"
+    """Folder of run folders; relative paths start at the project's folder."""
+
+    data_dir: str = "data"
+    """Folder of prepared data, shared by all runs; relative paths start at the project's folder."""
+
+    dataset: DatasetConfig
+    model: ModelConfig
+    training: TrainingConfig
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if not RUN_NAME.fullmatch(self.name):
+            raise ValueError(
+                f"name must be letters, digits, '.', '_' and '-', starting with a letter or digit, got {self.name!r}"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return PROJECT / Path(self.runs_dir).expanduser() / self.name
+
+    @property
+    def data_folder(self) -> Path:
+        """Where prepared data lies."""
+        return PROJECT / Path(self.data_dir).expanduser()
+
+
+def read_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The checked settings of the run that `path` describes, with `--section.key value` overrides applied.
+
+    Raises:
+        ConfigError: everything that is wrong with file and overrides, one line each.
+    """
+    tree = read_config_file(path)
+    for key_path, value in read_overrides(overrides):
+        tree.override(key_path, value)
+    if tree.values.get("name") is None:
+        tree.values["name"] = path.stem
+    return run_config_from_tree(tree)
+
+
+def run_config_from_tree(tree: ConfigTree) -> RunConfig:
+    """Type, complete and check a tree.
+
+    Raises:
+        ConfigError: everything that is wrong with it, one line each.
+    """
+    problems = [*secrets_in_settings(tree), *unknown_training_arguments(tree)]
+    move_module_keys(tree)
+    config = build(RunConfig, tree.values, (), tree, problems)
+    if config is not None:
+        problems += contradictions(config, tree)
+    if problems:
+        raise ConfigError(problems)
+    assert config is not None
+    return config
+
+
+def read_resolved_config(path: Path) -> RunConfig:
+    """The settings that a run folder's config.yaml holds: complete, and checked when the run was made.
+
+    Raises:
+        ConfigError: the file was damaged or edited.
+    """
+    tree = read_config_file(path)
+    move_module_keys(tree)
+    problems: list[Problem] = []
+    config = build(RunConfig, tree.values, (), tree, problems)
+    if config is None:
+        raise ConfigError(problems)
+    return config
+
+
+def build(
+    config_class: type[Config], values: dict[str, Any], path: KeyPath, tree: ConfigTree, problems: list[Problem]
+) -> Config | None:
+    """One section as its dataclass; what is wrong with it goes to `problems`, and None comes back."""
+    fields = {item.name: item for item in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    annotations = typing.get_type_hints(config_class)
+    before = len(problems)
+    typed: dict[str, Any] = {}
+    for key, value in values.items():
+        here = (*path, key)
+        if key not in fields:
+            problems.append(Problem(tree.place(here), unknown_key(here, fields)))
+        elif dataclasses.is_dataclass(annotations[key]):
+            if value is not None and not isinstance(value, dict):
+                message = f"{'.'.join(here)} is a section: put its keys below it, got {value!r}"
+                problems.append(Problem(tree.place(here), message))
+            else:
+                typed[key] = build(typing.cast(type, annotations[key]), value or {}, here, tree, problems)
+        else:
+            try:
+                typed[key] = check_type(annotations[key], value)
+            except TypeError as error:
+                problems.append(Problem(tree.place(here), f"{'.'.join(here)}: {error}"))
+    required = [key for key, item in fields.items() if is_required(item)]
+    for key in required:
+        if key not in values:
+            message = f"{'.'.join((*path, key))} is missing and has no default"
+            problems.append(Problem(tree.place(path), message))
+    if any(typed.get(key) is None for key in required):
+        return None
+    try:
+        section = config_class(**typed)
+    except ValueError as error:
+        for line in str(error).splitlines():
+            problems.append(Problem(tree.place(key_named_in(line, path, values)), line))
+        return None
+    return section if len(problems) == before else None
+
+
+def is_required(item: dataclasses.Field[Any]) -> bool:
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+
+
+@cache
+def type_parser(annotation: Any) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=annotation)
+    return parser
+
+
+def check_type(annotation: Any, value: Any) -> Any:
+    """The value, converted to its annotated type.
+
+    Raises:
+        TypeError: what was expected, and what was given.
+    """
+    if value is None and not accepts_none(annotation):
+        raise TypeError(f"expected {describe_type(annotation)}, got nothing")
+    try:
+        return type_parser(annotation).parse_object({"value": value}).value
+    except ArgumentError:
+        hint = "; quote it to make it a text" if accepts_text(annotation) and isinstance(value, int | float) else ""
+        raise TypeError(f"expected {describe_type(annotation)}, got {value!r}{hint}") from None
+
+
+TYPE_WORDS: dict[Any, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    Any: "anything",
+}
+
+
+def accepts_none(annotation: Any) -> bool:
+    return annotation is Any or type(None) in typing.get_args(annotation)
+
+
+def accepts_text(annotation: Any) -> bool:
+    return annotation is str or str in typing.get_args(annotation)
+
+
+def describe_type(annotation: Any) -> str:
+    """The type in a user's words."""
+    if annotation in TYPE_WORDS:
+        return TYPE_WORDS[annotation]
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(argument) for argument in arguments if argument is not type(None))
+    if origin is list:
+        return f"a list of {'texts' if arguments == (str,) else 'values'}"
+    return "a section of keys" if origin is dict else str(annotation)
+
+
+def unknown_key(path: KeyPath, known: typing.Iterable[str]) -> str:
+    """The message for a key nobody reads, with the nearest one that somebody does."""
+    nearest = difflib.get_close_matches(path[-1], [key for key in known if key != "module_keys"], n=1)
+    name = ".".join(path)
+    if nearest:
+        return f"unknown key {name}; did you mean {'.'.join((*path[:-1], nearest[0]))}?"
+    return f"unknown key {name}; known here: {', '.join(sorted(set(known) - {'module_keys'}))}"
+
+
+def key_named_in(message: str, path: KeyPath, values: dict[str, Any]) -> KeyPath:
+    """The key that a dataclass complains about, to find its line."""
+    for key in values:
+        if re.match(rf"{re.escape('.'.join((*path, key)))}\b", message):
+            return (*path, key)
+    return path
+
+
+def move_module_keys(tree: ConfigTree) -> None:
+    """Gather the keys of `dataset:` that only the dataset module knows, without losing a typing mistake among them."""
+    section = tree.values.get("dataset")
+    if not isinstance(section, dict):
+        return
+    known = {item.name for item in dataclasses.fields(DatasetConfig)}
+    extra = {key: section.pop(key) for key in list(section) if key not in known and not misspelt(key, known)}
+    if extra:
+        section["module_keys"] = extra
+
+
+def misspelt(key: str, known: set[str]) -> bool:
+    return bool(difflib.get_close_matches(key, known, n=1, cutoff=0.85))
+
+
+def unknown_training_arguments(tree: ConfigTree) -> list[Problem]:
+    """Keys of `training.arguments` that transformers does not have, or that other keys of this file decide."""
+    section = tree.values.get("training")
+    arguments = section.get("arguments") if isinstance(section, dict) else None
+    if not isinstance(arguments, dict):
+        return []
+    names = training_argument_names()
+    problems = []
+    for key in arguments:
+        path = ("training", "arguments", key)
+        if key in OWNED_ARGUMENTS:
+            problems.append(
+                Problem(tree.place(path), f"{'.'.join(path)} is decided by {OWNED_ARGUMENTS[key]}; remove it")
+            )
+        elif key not in names:
+            nearest = difflib.get_close_matches(key, names, n=1)
+            advice = f"; did you mean {nearest[0]}?" if nearest else ""
+            problems.append(Problem(tree.place(path), f"transformers.TrainingArguments has no field {key}{advice}"))
+    return problems
+
+
+def secrets_in_settings(tree: ConfigTree) -> list[Problem]:
+    """Settings are written to the run folder, so a secret among them is refused; its value is never shown."""
+    return [
+        Problem(tree.place(path), f"{'.'.join(path)} looks like a secret, and settings are stored in the run folder; "
+                "put it in the environment instead (HF_TOKEN for the hub)")
+        for path, value in leaves(tree.values)
+        if SECRET_KEY.search(path[-1]) and isinstance(value, str) and value
+    ]  # fmt: skip
+
+
+def leaves(values: dict[str, Any], path: KeyPath = ()) -> typing.Iterator[tuple[KeyPath, Any]]:
+    """Every key path that holds a plain value or a list, with that value."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
+    """Settings that are fine alone and wrong together."""
+    problems = []
+    if config.model.attention != "varlen" and config.dataset.packing:
+        problems.append(
+            Problem(
+                tree.place(("model", "attention")),
+                f"model.attention: {config.model.attention} would let packed samples see each other; "
+                "use varlen, or set dataset.packing: false",
+            )
+        )
+    if not config.model.peft:
+        for key in ("lora", "peft_method"):
+            if tree.values["model"].get(key) is not None:
+                problems.append(
+                    Problem(tree.place(("model", key)), f"model.{key} is read only where model.peft is true")
+                )
+    return problems
+
+
+def resolved_values(config: RunConfig) -> dict[str, Any]:
+    """Every setting as plain values, in the shape of the YAML file; what config.yaml in the run folder holds."""
+    values = dataclasses.asdict(config)
+    values["dataset"].update(values["dataset"].pop("module_keys"))
+    return values
+
+
+def changed_keys(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The settings that differ, as (key, before, after)."""
+    old, new = dict(leaves(before)), dict(leaves(after))
+    return [
+        (".".join(path), old.get(path), new.get(path)) for path in sorted(old | new) if old.get(path) != new.get(path)
+    ]
