@@ -1,0 +1,116 @@
+"""Batches without padding, in an order that is a pure function of seed, epoch and position.
+
+A batch is one flat row of all its samples' tokens, T in total over S samples:
+
+    input_ids, labels, position_ids   [1, T]   labels are -100 where nothing is learned; positions restart at 0
+    cu_seq_lens_q, cu_seq_lens_k      [S + 1]  int32, where each sample begins, and T
+    max_length_q, max_length_k        int      tokens of the longest sample
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from mixture.packing import Packs
+from mixture.shards import TokenRow, TokenRows
+
+IGNORED = -100
+
+Batch = dict[str, Any]
+ComputeLoss = Callable[[torch.nn.Module, Batch, torch.Tensor], torch.Tensor]
+"""(model, batch, num_items) -> the loss summed over the batch's supervised tokens, divided by `num_items`."""
+
+
+class PackedDataset(Dataset[list[TokenRow]]):
+    """The packs of a split; each is the list of samples that share a row. Unpacked data has one sample in each."""
+
+    def __init__(self, rows: TokenRows, packs: Packs):
+        self.rows = rows
+        self.packs = packs
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> list[TokenRow]:
+        return [self.rows[int(sample)] for sample in self.packs[int(index)]]
+
+
+def collate(packs: Sequence[list[TokenRow]]) -> Batch:
+    """One flat row of the packs' samples; no packs give one token that teaches nothing, so that ranks stay in step."""
+    samples = [sample for pack in packs for sample in pack]
+    if not samples:
+        return flat_batch([np.zeros(1, dtype=np.int64)], [np.zeros(1, dtype=bool)])
+    return flat_batch([sample.input_ids for sample in samples], [sample.loss_mask for sample in samples])
+
+
+def flat_batch(input_ids: Sequence[np.ndarray], loss_masks: Sequence[np.ndarray]) -> Batch:
+    lengths = np.array([len(ids) for ids in input_ids])
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    tokens = np.concatenate(input_ids).astype(np.int64)
+    labels = np.where(np.concatenate(loss_masks), tokens, IGNORED)
+    # Nothing before a sample may predict its first token: in a pack that would be the sample before it.
+    labels[starts] = IGNORED
+    positions = np.arange(len(tokens)) - np.repeat(starts, lengths)
+    boundaries = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32))
+    longest = int(lengths.max())
+    return {
+        "input_ids": torch.from_numpy(tokens)[None],
+        "labels": torch.from_numpy(labels)[None],
+        "position_ids": torch.from_numpy(positions)[None],
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+class BlockSampler:
+    """The micro-batches of one rank for one epoch: lists of row numbers, the same for the same seed and epoch.
+
+    An optimizer step takes the next `batch_size x gradient_accumulation x world_size` rows of the epoch's order, so
+    the rows of a step do not depend on how they are spread over ranks and micro-batches. Every rank gets as many
+    micro-batches as the others; where the epoch's last rows do not reach a rank, its batch is empty.
+    """
+
+    def __init__(self, num_rows: int, *, batch_size: int, rank: int, world_size: int, seed: int):
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.epoch = 0
+
+    @property
+    def batch_sampler(self) -> BlockSampler:
+        """transformers.Trainer looks one level down for the sampler that it tells the epoch."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_rows / (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        order = epoch_order(self.num_rows, seed=self.seed, epoch=self.epoch)
+        for share in even_shares(self.num_rows, batch_size=self.batch_size, rank=self.rank, world_size=self.world_size):
+            yield order[share.start : share.stop]
+
+
+def even_shares(num_rows: int, *, batch_size: int, rank: int, world_size: int) -> Iterator[range]:
+    """The positions of each micro-batch of one rank; as many for every rank, so the last may be empty."""
+    for start in range(0, num_rows, batch_size * world_size):
+        mine = range(start + rank * batch_size, start + (rank + 1) * batch_size)
+        yield range(min(mine.start, num_rows), min(mine.stop, num_rows))
+
+
+def epoch_order(num_rows: int, *, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch's rows."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_rows)

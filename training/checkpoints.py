@@ -1,0 +1,224 @@
+"""Resume points: written beside, verified, renamed into place, and found again by looking. No torch here.
+
+checkpoints/step_00000012/                a checkpoint
+    marker.json                           written last; without a good one the folder is no checkpoint
+    model.safetensors optimizer.pt ...    what the trainer wrote; the marker lists every file with its size
+checkpoints/step_00000018.tmp-JOB         being written, or left by a job that died writing
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+MARKER = "marker.json"
+MIN_KEPT = 2
+
+
+class NoValidCheckpointError(RuntimeError):
+    """Checkpoints exist and none can be trusted; starting over silently would throw the chain's work away."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeTerms:
+    """What a resumed block must share with the block before it. Anything else would be another run."""
+
+    fingerprint: str
+    """Of the prepared data."""
+
+    objective: str
+    parameters: str
+    """Of the names and shapes of the trainable parameters."""
+
+    batch_size: int
+    gradient_accumulation: int
+    world_size: int
+    horizon_steps: int
+
+
+REMEDY = {
+    "fingerprint": "the prepared data changed; restore the dataset settings and files that the chain began with",
+    "objective": "restore finetuning.objective",
+    "parameters": "the trainable parameters changed; restore model.name, model.peft, model.peft_method and model.lora",
+    "batch_size": "restore training.batch_size",
+    "gradient_accumulation": "restore training.gradient_accumulation",
+    "world_size": "ask for as many GPUs as the chain began with (slurm.nodes x slurm.gpus_per_node)",
+    "horizon_steps": "the learning rate spans the whole chain; restore training.epochs_per_job and training.total_jobs",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a chain has come."""
+
+    step: int
+    epoch: float
+    samples: int
+    """Rows trained on so far (packs, where the dataset is packed), repeats included."""
+
+    learning_rate: float
+    """Of the next optimizer step."""
+
+    terms: ResumeTerms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Progress):
+    """A checkpoint that was read back and found whole."""
+
+    path: Path
+    num_bytes: int
+
+
+def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint, or None before the first one, and why each newer one was passed over.
+
+    Raises NoValidCheckpointError where there are checkpoints but no whole one.
+    """
+    rejected: list[str] = []
+    for path in checkpoint_folders(folder):
+        try:
+            return read_checkpoint(path), rejected
+        except ValueError as error:
+            rejected.append(f"{path.name}: {error}")
+    if rejected:
+        raise NoValidCheckpointError(
+            f"{folder} holds checkpoints, and none is whole:\n  " + "\n  ".join(rejected) + "\n"
+            "Restore one from a backup, or move them away to train from the start."
+        )
+    return None, rejected
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Folders with the name of a checkpoint, newest first. The name says nothing about what is inside."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if re.fullmatch(r"step_\d{8}", path.name)), reverse=True)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint's marker and check every file that it lists. Raises ValueError with what is wrong."""
+    try:
+        marker = orjson.loads((path / MARKER).read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"no {MARKER}: it was never finished") from None
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"{MARKER} is not whole: {error}") from error
+    try:
+        files: dict[str, int] = marker.pop("files")
+        checkpoint = Checkpoint(
+            path=path, num_bytes=sum(files.values()), terms=ResumeTerms(**marker.pop("terms")), **marker
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{MARKER} lacks what this version needs: {error}") from error
+    if path.name != folder_name(checkpoint.step):
+        raise ValueError(f"{MARKER} is that of step {checkpoint.step}")
+    for name, size in files.items():
+        if not (path / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if (path / name).stat().st_size != size:
+            raise ValueError(f"{name} has {(path / name).stat().st_size} bytes, and had {size} when it was written")
+    return checkpoint
+
+
+def refuse_changed_terms(checkpoint: Checkpoint, terms: ResumeTerms) -> None:
+    """Raise ValueError, naming each change and how to go on, where a resume would not continue the same run."""
+    old, new = asdict(checkpoint.terms), asdict(terms)
+    changes = [f"{key}: {old[key]} -> {new[key]} ({REMEDY[key]})" for key in old if old[key] != new[key]]
+    if changes:
+        raise ValueError(
+            f"cannot resume {checkpoint.path}: this run is not the one that wrote it\n  " + "\n  ".join(changes) + "\n"
+            "or give the run another name to train from the start."
+        )
+
+
+def temporary_folder(folder: Path, step: int, owner: str) -> Path:
+    """Where a checkpoint is written before it is one. `owner` names the job, so that leftovers can be told apart."""
+    return folder / f"{folder_name(step)}.tmp-{owner}"
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def require_free_disk(folder: Path, num_bytes: int) -> None:
+    """Raise OSError where the disk cannot take `num_bytes` more."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(
+            f"{folder}: a checkpoint needs about {num_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free. "
+            "The checkpoints before it are intact."
+        )
+
+
+def commit(temporary: Path, progress: Progress, *, keep: int) -> Checkpoint:
+    """Make the written folder a checkpoint: to disk, marker last, renamed into place; then prune the oldest."""
+    files = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files_under(temporary)}
+    assert files, f"nothing was written to {temporary}"
+    for name in files:
+        sync(temporary / name)
+    write_marker(temporary / MARKER, {**asdict(progress), "files": files})
+    for folder in {path.parent for path in files_under(temporary)}:
+        sync(folder)
+
+    final = temporary.parent / folder_name(progress.step)
+    if final.exists():
+        # Only a broken one can be there: a block starts at the newest whole checkpoint and saves after it.
+        shutil.rmtree(final)
+    temporary.rename(final)
+    sync(final.parent)
+    checkpoint = read_checkpoint(final)
+    prune(final.parent, keep=keep)
+    return checkpoint
+
+
+def files_under(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def write_marker(path: Path, marker: dict[str, Any]) -> None:
+    with path.open("wb") as file:
+        file.write(orjson.dumps(marker, option=orjson.OPT_INDENT_2))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Have the disk, not the page cache, hold a file or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prune(folder: Path, *, keep: int) -> None:
+    """Remove the oldest checkpoints, and never so many that fewer than `keep` whole ones are left."""
+    whole = 0
+    for path in checkpoint_folders(folder):
+        if whole >= max(keep, MIN_KEPT):
+            shutil.rmtree(path)
+        else:
+            whole += is_whole(path)
+
+
+def is_whole(path: Path) -> bool:
+    try:
+        read_checkpoint(path)
+    except ValueError:
+        return False
+    return True
+
+
+def sweep_unfinished(folder: Path) -> list[str]:
+    """Remove what jobs that died while saving left behind. For the one block that owns the run folder."""
+    stale = [path for path in folder.glob("step_*.tmp-*") if path.is_dir()]
+    for path in stale:
+        shutil.rmtree(path)
+    return [path.name for path in stale]

@@ -1,0 +1,187 @@
+"""Scores on held-out data: loss and perplexity on the whole test split, and generated answers scored by the module."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mixture.formats import canonical_sample
+from training.batches import ComputeLoss, PackedDataset, collate, even_shares
+from training.config import EvaluationConfig
+from training.distributed import Ranks, gather_on_all, sum_over_ranks
+from training.models import stop_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NUM_EXAMPLES = 10
+
+Score = Callable[[str, dict[str, Any]], float]
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Mean over every supervised token of the split."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class GenerationScore:
+    """Mean score of greedy answers, and the first few answers."""
+
+    score: float
+    rows: int
+    examples: list[dict[str, Any]]
+
+
+def held_out_loss(
+    model: torch.nn.Module,
+    rows: PackedDataset,
+    compute_loss: ComputeLoss,
+    *,
+    batch_size: int,
+    precision: torch.dtype,
+    ranks: Ranks,
+) -> HeldOutLoss:
+    """Loss on all of `rows`, spread over the processes. Leaves random states and the model's mode as they were."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    tokens = 0
+    with torch.inference_mode(), autocast(device, precision):
+        for share in even_shares(len(rows), batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size):
+            batch = collate([rows[index] for index in share])
+            tokens += int((batch["labels"] != -100).sum())
+            # Divided by one item, the loss is a sum over tokens.
+            total += compute_loss(model, to_device(batch, device), torch.ones((), device=device))
+    model.train(was_training)
+    loss_sum, token_sum = sum_over_ranks(total.item(), float(tokens))
+    if token_sum == 0:
+        raise ValueError("the test split has no token to learn, so it has no loss; check the roles of its messages")
+    loss = loss_sum / token_sum
+    return HeldOutLoss(loss=loss, perplexity=math.exp(loss) if loss < 700 else math.inf, tokens=int(token_sum))
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> Any:
+    return nullcontext() if precision == torch.float32 else torch.autocast(device.type, dtype=precision)
+
+
+def generation_score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    test_rows: Path,
+    score: Score,
+    *,
+    config: EvaluationConfig,
+    batch_size: int,
+    precision: torch.dtype,
+    ranks: Ranks,
+) -> GenerationScore:
+    """Answer the first `evaluation.limit` rows greedily and score each answer. `test_rows` is raw rows, JSON lines."""
+    rows = list(read_rows(test_rows, limit=config.limit))
+    mine = rows[ranks.rank :: ranks.world_size]
+    prompts = [prompt_text(row, tokenizer) for row in mine]
+    answers = generate(model, tokenizer, prompts, config=config, batch_size=batch_size, precision=precision)
+    scored = [
+        {"prompt": prompt, "prediction": answer, "score": float(score(answer, row))}
+        for row, prompt, answer in zip(mine, prompts, answers, strict=True)
+    ]
+    shares = gather_on_all(scored)
+    everyone = [shares[number % len(shares)][number // len(shares)] for number in range(len(rows))]
+    return GenerationScore(
+        score=sum(answer["score"] for answer in everyone) / len(everyone),
+        rows=len(everyone),
+        examples=everyone[:NUM_EXAMPLES],
+    )
+
+
+def read_rows(path: Path, *, limit: int) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for _, line in zip(range(limit), file):  # noqa: B905, the limit may lie on either side
+            yield json.loads(line)
+
+
+def prompt_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the model sees before it answers: all turns before the last answer, or the row's prompt."""
+    content = canonical_sample(row, source="", row_id="").content
+    if "messages" in content:
+        turns = list(content["messages"])
+        while turns and turns[-1]["role"] == "assistant":
+            turns.pop()
+    elif isinstance(content.get("prompt"), list):
+        turns = content["prompt"]
+    elif "prompt" in content:
+        turns = [{"role": "user", "content": content["prompt"]}]
+    else:
+        raise ValueError(
+            f"a test row with {', '.join(content)} has no question to answer; give rows with messages or a prompt, "
+            "or set evaluation.limit: 0 to skip generation"
+        )
+    if tokenizer.chat_template is None:
+        return "\n".join(turn["content"] for turn in turns) + "\n"
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    *,
+    config: EvaluationConfig,
+    batch_size: int,
+    precision: torch.dtype,
+) -> list[str]:
+    """Greedy continuations, in the order of the prompts, up to `max_new_tokens` or the end of the turn."""
+    device = next(model.parameters()).device
+    stops = stop_token_ids(model, tokenizer)
+    model.eval()
+    answers: list[str] = []
+    # Prompts of like length share a batch, so that little of it is padding.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), batch_size):
+        batch = tokenizer(
+            [prompts[index] for index in order[start : start + batch_size]],
+            padding=True,
+            padding_side="left",
+            # The chat template has put the control tokens there already.
+            add_special_tokens=tokenizer.chat_template is None,
+            return_tensors="pt",
+        ).to(device)
+        with torch.inference_mode(), autocast(device, precision):
+            tokens = model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=config.max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=stops,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        answers += tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    by_prompt = dict(zip(order, answers, strict=True))
+    return [by_prompt[index].strip() for index in range(len(prompts))]
+
+
+def as_json(loss: HeldOutLoss | None, generated: GenerationScore | None, *, step: int, epoch: float) -> dict[str, Any]:
+    """What evaluation.json holds."""
+    result: dict[str, Any] = {"step": step, "epoch": epoch}
+    if loss:
+        result |= asdict(loss)
+    if generated:
+        result |= {"score": generated.score, "scored_rows": generated.rows, "examples": generated.examples}
+    return result

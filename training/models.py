@@ -1,0 +1,222 @@
+"""Models and tokenizers: load or make them, put adapters on them, export what was trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from training.attention import check_packable, register_varlen_attention
+from training.config import ModelConfig
+from training.export import replacing
+from training.losses import use_chunked_loss
+
+# Bars of one file each would be all that a job's log shows.
+disable_progress_bar()
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token."""
+    name, revision = (model.tokenizer, None) if model.tokenizer else (model.name, model.revision)
+    key = "model.tokenizer" if model.tokenizer else "model.name"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}: no tokenizer found under {name!r}. {where_tried(name)}\n{error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_model(model: ModelConfig, *, seed: int, checkpoint: Path | None = None) -> PreTrainedModel | PeftModel:
+    """The model to train, on the CPU: all weights in float32, or adapters in float32 on a frozen base.
+
+    The forward pass runs in `precision(model)` under autocast; float32 weights take the many small updates that
+    bfloat16 would round away. A frozen base takes no updates and is held in the precision of the forward pass.
+    With `checkpoint`, what was trained comes from there; the seed then decides nothing.
+    """
+    register_varlen_attention()
+    config = load_model_config(model)
+    set_seed(seed)
+    if checkpoint and not model.peft:
+        network = load_weights(replace(model, name=str(checkpoint), revision=None), config)
+    elif model.from_scratch:
+        network = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=model.attention, trust_remote_code=model.trust_remote_code
+        )
+    else:
+        network = load_weights(model, config)
+    if model.attention == "varlen":
+        check_packable(network)
+    use_chunked_loss(network)
+    if not model.peft:
+        return network
+    adapted = add_adapter(network, model, seed=seed)
+    if checkpoint:
+        load_adapter_weights(adapted, checkpoint)
+    return adapted
+
+
+def load_model_config(model: ModelConfig) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.name: no model found under {model.name!r}. {where_tried(model.name)}\n{error}"
+        ) from error
+
+
+def where_tried(name: str) -> str:
+    folder = Path(name).expanduser().resolve()
+    found = "which exists" if folder.is_dir() else "which does not exist"
+    offline = " (HF_HUB_OFFLINE is set: only what the cache holds)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return f"Tried the folder {folder}, {found}, and the hub{offline}."
+
+
+def load_weights(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model.name,
+            config=config,
+            revision=model.revision,
+            dtype=precision(model) if model.peft else torch.float32,
+            attn_implementation=model.attention,
+            trust_remote_code=model.trust_remote_code,
+            quantization_config=four_bits(model) if model.peft_method == "qlora" and model.peft else None,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"model.name: {model.name!r} has a config and no weights that can be read. {where_tried(model.name)} "
+            f"To start with random weights, set model.from_scratch: true.\n{error}"
+        ) from error
+
+
+def precision(model: ModelConfig) -> torch.dtype:
+    """Arithmetic of the forward pass."""
+    if model.dtype == "auto":
+        has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[model.dtype]
+
+
+def four_bits(model: ModelConfig) -> object:
+    """The base of a QLoRA adapter: NF4 with double quantisation, as in arXiv:2305.14314."""
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if not torch.cuda.is_available():
+        raise ValueError("model.peft_method: qlora needs a CUDA device, and none is here; use lora or dora")
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("model.peft_method: qlora needs bitsandbytes (pip install bitsandbytes); or use lora or dora")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=precision(model),
+    )
+
+
+def add_adapter(network: PreTrainedModel, model: ModelConfig, *, seed: int) -> PeftModel:
+    import peft
+
+    if model.peft_method == "qlora":
+        network = peft.prepare_model_for_kbit_training(network, use_gradient_checkpointing=False)
+    set_seed(seed)
+    try:
+        return peft.get_peft_model(
+            network,
+            peft.LoraConfig(
+                task_type="CAUSAL_LM",
+                r=model.lora.r,
+                lora_alpha=model.lora.alpha,
+                lora_dropout=model.lora.dropout,
+                target_modules=model.lora.target_modules,
+                modules_to_save=model.lora.modules_to_save or None,
+                use_dora=model.peft_method == "dora",
+            ),
+        )
+    except ValueError as error:
+        layers = sorted(
+            {name.rpartition(".")[2] for name, layer in network.named_modules() if not list(layer.children())}
+        )
+        raise ValueError(f"model.lora: {error}\nThe model's layers: {', '.join(layers)}") from error
+
+
+def load_adapter_weights(adapted: PeftModel, checkpoint: Path) -> None:
+    import peft
+
+    result = peft.set_peft_model_state_dict(adapted, load_file(checkpoint / "adapter_model.safetensors"))
+    assert not result.unexpected_keys, result.unexpected_keys
+
+
+def parameters_hash(model: torch.nn.Module) -> str:
+    """Names and shapes of what is trained: a checkpoint of other parameters cannot be resumed."""
+    shapes = [(name, list(weight.shape)) for name, weight in model.named_parameters() if weight.requires_grad]
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+
+
+def export_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    step: int,
+    dtype: torch.dtype,
+    merge_adapter: bool = False,
+) -> None:
+    """Write the trained model and its tokenizer to `folder`, whole or not at all, as from_pretrained reads them.
+
+    An adapter is written as it is, float32; with `merge_adapter` the merged model goes to `folder`/merged. A model
+    trained in full is written in `dtype`. The model given is used up: its weights are cast and merged in place.
+    """
+    with replacing(folder, step=step) as temporary:
+        if is_adapter(model):
+            model.save_pretrained(temporary)
+            if merge_adapter:
+                save_whole_model(model.merge_and_unload(), tokenizer, temporary / "merged", dtype)
+        else:
+            save_whole_model(model, tokenizer, temporary, dtype)
+        tokenizer.save_pretrained(temporary)
+
+
+def is_adapter(model: torch.nn.Module) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def save_whole_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
+) -> None:
+    """safetensors, config, and a generation config that stops where the tokenizer's turns end."""
+    model.config.use_cache = True
+    model.generation_config.eos_token_id = stop_token_ids(model, tokenizer)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: end of text, and what the chat template puts after an assistant's turn."""
+    configured = model.generation_config.eos_token_id
+    stops = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        ids = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+        special = [token for token in ids if token in tokenizer.all_special_ids]
+        answer_begins = len(ids) - 1 - ids[::-1].index(special[-1]) if special else len(ids)
+        stops |= set(ids[answer_begins : answer_begins + 1])
+    return sorted(stop for stop in stops if stop is not None)

@@ -1,0 +1,35 @@
+"""What a trainer is given: one run's folder, prepared data and settings. No torch, so that jobs can build it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixture.config import DatasetConfig
+from mixture.dataset_modules import ModuleFile
+from training.config import EvaluationConfig, FinetuningConfig, ModelConfig, TrainingConfig
+from training.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuningRun:
+    """Everything that the finetuning trainer reads."""
+
+    folder: RunFolder
+    prepared: Path
+    module: ModuleFile
+    seed: int
+    dataset: DatasetConfig
+    model: ModelConfig
+    training: TrainingConfig
+    finetuning: FinetuningConfig
+    evaluation: EvaluationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockResult:
+    """Where a block ended. `step` below the block's boundary means that it was asked to stop."""
+
+    step: int
+    horizon_steps: int
+    finished: bool

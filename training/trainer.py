@@ -1,0 +1,326 @@
+"""One block of a chain: transformers.Trainer, told where the block ends and how a checkpoint is committed."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from training import checkpoints
+from training.batches import Batch, BlockSampler, ComputeLoss, PackedDataset, collate
+from training.checkpoints import Checkpoint, Progress, ResumeTerms
+from training.config import SaveInterval, TrainingConfig
+from training.distributed import Ranks, agree_on_any, from_main, wait_for_all
+from training.run_folder import RunFolder
+from training.schedule import Horizon, learning_rate
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss is not a number any more. No checkpoint holds it: the loss is looked at before every save."""
+
+
+def training_arguments(
+    config: TrainingConfig, *, folder: RunFolder, horizon: Horizon, seed: int, precision: torch.dtype
+) -> TrainingArguments:
+    """What transformers.Trainer is told. Logging and saving are ours, so its own strategies are off."""
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
+    defaults = {"report_to": "tensorboard", "ddp_find_unused_parameters": False}
+    arguments = TrainingArguments(
+        **{**defaults, **config.arguments},
+        output_dir=str(folder.checkpoints),
+        seed=seed,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        # The horizon, never the block: the schedule and the data order span the whole chain.
+        num_train_epochs=horizon.epochs,
+        learning_rate=config.lr,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        bf16=precision == torch.bfloat16,
+        fp16=precision == torch.float16,
+        use_cpu=not torch.cuda.is_available(),
+        average_tokens_across_devices=True,
+        remove_unused_columns=False,
+        save_strategy="no",
+        eval_strategy="no",
+        logging_strategy="no",
+        # It would read the loss back from the device at every micro-batch.
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        log_level="warning",
+    )
+    if arguments.n_gpu > 1:
+        # One process drives one GPU; transformers would split our flat batches over all that it sees.
+        arguments._n_gpu = 1
+    return arguments
+
+
+@dataclass
+class BlockSchedule(TrainerCallback):
+    """Decides after every optimizer step whether to log, to save and to end the block."""
+
+    block_end: int
+    save_interval: SaveInterval
+    log_every: int
+    stop_requested: Callable[[], bool]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.first_step = state.global_step + 1
+        self.saved_at_s = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        step = state.global_step
+        seconds = self.save_interval.seconds
+        # Clocks and signals differ between processes; all must save at the same step, and leave at the same step.
+        stop, save_time_is_up = agree_on_any(
+            self.stop_requested(), seconds is not None and time.monotonic() - self.saved_at_s >= seconds
+        )
+        save_step = self.save_interval.steps is not None and step % self.save_interval.steps == 0
+        control.should_training_stop = step >= self.block_end or stop
+        control.should_save = control.should_training_stop or save_step or save_time_is_up
+        control.should_log = control.should_save or step % self.log_every == 0 or step == self.first_step
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.saved_at_s = time.monotonic()
+
+
+class BlockTrainer(Trainer):
+    """transformers.Trainer for one block. Call `train_block`."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        rows: PackedDataset,
+        loss: ComputeLoss,
+        *,
+        config: TrainingConfig,
+        arguments: TrainingArguments,
+        horizon: Horizon,
+        terms: ResumeTerms,
+        folder: RunFolder,
+        ranks: Ranks,
+        start: Checkpoint | None,
+        stop_requested: Callable[[], bool],
+    ):
+        self.loss = loss
+        self.config = config
+        self.horizon = horizon
+        self.terms = terms
+        self.folder = folder
+        self.ranks = ranks
+        self.start = start
+        self.checkpoint = start
+        self.uncounted_tokens = 0
+        start_step = start.step if start else 0
+        schedule = BlockSchedule(
+            block_end=horizon.block_end(start_step),
+            save_interval=config.save_interval,
+            log_every=config.log_every,
+            stop_requested=stop_requested,
+        )
+        super().__init__(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[schedule])
+        self.remove_callback(PrinterCallback)
+        # Have the supervised tokens of an optimizer step counted, over micro-batches and ranks.
+        self.model_accepts_loss_kwargs = True
+
+    def train_block(self) -> Checkpoint:
+        """Train from the start checkpoint to the block's end or to a requested stop, and commit a checkpoint there."""
+        if self.ranks.is_main:
+            self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+            checkpoints.sweep_unfinished(self.folder.checkpoints)
+        self.logged_at_s = time.monotonic()
+        self.train(resume_from_checkpoint=str(self.start.path) if self.start else None)
+        assert self.checkpoint is not None and self.checkpoint is not self.start, "a block ends with a checkpoint"
+        return self.checkpoint
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Nothing where the model was built from the checkpoint; shards are loaded once the model is sharded."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    # What is trained on, in which order, at which rate
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        assert isinstance(self.train_dataset, PackedDataset)
+        sampler = BlockSampler(
+            len(self.train_dataset),
+            batch_size=self.config.batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            seed=self.args.seed,
+        )
+        return BlockLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            # Its own generator: a loader that drew from the global one would shift the dropout masks.
+            generator=torch.Generator(),
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.uncounted_tokens += sum(batch["input_ids"].numel() for batch in batches)
+        return batches, num_items
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        assert num_items_in_batch is not None and not return_outputs
+        # Gradients are averaged over the ranks and the loss was divided by the tokens of all: take the average back.
+        return self.loss(model, inputs, num_items_in_batch) * self.ranks.world_size
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
+        assert num_training_steps == self.horizon.total_steps, (num_training_steps, self.horizon)
+        if self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, partial(self.learning_rate, peak=1.0))
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def learning_rate(self, step: int, *, peak: float) -> float:
+        total_steps = self.horizon.total_steps
+        return learning_rate(
+            step,
+            peak=peak,
+            schedule=self.config.lr_scheduler,
+            warmup_steps=self.config.warmup_steps(total_steps),
+            total_steps=total_steps,
+        )
+
+    # What is written down
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Append the metrics to metrics.jsonl and give them to the trackers. Called on every rank."""
+        if "loss" not in logs:  # the summary that transformers gives at the end of train()
+            return
+        if not math.isfinite(logs["loss"]):
+            raise NonFiniteLossError(
+                f"the loss is {logs['loss']} at or shortly before step {self.state.global_step}. "
+                f"The newest checkpoint is from before. Try a lower training.lr, more warmup, or model.dtype: float32."
+            )
+        tokens = self.count_tokens()
+        now_s = time.monotonic()
+        metrics = {
+            "step": self.state.global_step,
+            "epoch": self.state.epoch,
+            "block": self.horizon.block_of(self.state.global_step - 1),
+            "loss": logs["loss"],
+            "lr": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm"),
+            "tokens": self.state.num_input_tokens_seen,
+            "tokens_per_s": tokens / (now_s - self.logged_at_s),
+        }
+        self.logged_at_s = now_s
+        if self.ranks.is_main:
+            self.folder.record_metrics(**metrics)
+            print(
+                f"step {metrics['step']}/{self.horizon.total_steps}  epoch {metrics['epoch']:.2f}  "
+                f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  {metrics['tokens_per_s']:,.0f} tokens/s",
+                flush=True,
+            )
+        self.control = self.callback_handler.on_log(
+            self.args, self.state, self.control, dict(logs, epoch=self.state.epoch)
+        )
+
+    def count_tokens(self) -> int:
+        """Add the tokens since the last call, of all ranks, to those that the chain has seen."""
+        tokens = torch.tensor(self.uncounted_tokens, device=self.args.device)
+        total = int(self.accelerator.reduce(tokens).item())
+        self.uncounted_tokens = 0
+        self.state.num_input_tokens_seen += total
+        return total
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Commit a checkpoint of this step; transformers would write over the place where it is read from."""
+        started_s = time.monotonic()
+        folder = self.folder.checkpoints
+        step = self.state.global_step
+        temporary = from_main(checkpoints.temporary_folder(folder, step, f"{os.uname().nodename}-{os.getpid()}"))
+        if self.ranks.is_main:
+            checkpoints.require_free_disk(
+                folder, self.checkpoint.num_bytes if self.checkpoint else self.estimated_bytes()
+            )
+        try:
+            self.write_state(temporary)
+            wait_for_all()
+            if self.ranks.is_main:
+                self.checkpoint = checkpoints.commit(temporary, self.progress(), keep=self.config.keep_checkpoints)
+        except Exception as error:
+            if self.ranks.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            newest = self.checkpoint.path.name if self.checkpoint else "none"
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {folder}: {error}\n"
+                f"Newest checkpoint, intact: {newest}. Free there: {shutil.disk_usage(folder).free / 1e9:.2f} GB."
+            ) from error
+        self.checkpoint = from_main(self.checkpoint)
+        assert self.checkpoint is not None
+        if self.ranks.is_main:
+            self.folder.record_event(
+                "checkpoint",
+                step=step,
+                seconds=round(time.monotonic() - started_s, 3),
+                num_bytes=self.checkpoint.num_bytes,
+                path=self.checkpoint.path.name,
+            )
+
+    def write_state(self, folder: Path) -> None:
+        """All that the next block needs: weights, optimizer, schedule, random states of every rank, position."""
+        folder.mkdir(exist_ok=True)
+        self.save_model(str(folder), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+        if self.ranks.is_main:
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def progress(self) -> Progress:
+        step = self.state.global_step
+        epoch, step_in_epoch = divmod(step, self.horizon.steps_per_epoch)
+        rows = len(self.train_dataset)
+        rows_per_step = self.config.batch_size * self.config.gradient_accumulation * self.ranks.world_size
+        return Progress(
+            step=step,
+            epoch=step / self.horizon.steps_per_epoch,
+            samples=epoch * rows + min(step_in_epoch * rows_per_step, rows),
+            learning_rate=self.learning_rate(step, peak=self.config.lr),
+            terms=self.terms,
+        )
+
+    def estimated_bytes(self) -> int:
+        """Of a first checkpoint: weights and AdamW's two moments of what is trained, 4 bytes each."""
+        return 12 * sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+
+
+class BlockLoader(DataLoader[Any]):
+    """A loader that tells its sampler the epoch; transformers.Trainer calls `set_epoch` before each."""
+
+    def set_epoch(self, epoch: int) -> None:
+        assert isinstance(self.batch_sampler, BlockSampler)
+        self.batch_sampler.set_epoch(epoch)
