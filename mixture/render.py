@@ -1,0 +1,411 @@
+"""Canonical samples to token rows: the chat template is applied here, and the loss mask is exact or refused."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import TemplateError
+
+from mixture.formats import Message, Sample
+from mixture.shards import TokenRow
+
+Objective = Literal["sft", "pretrain"]
+OverLength = Literal["drop", "split", "truncate"]
+Span = tuple[int, int]
+
+OVER_LENGTH_DEFAULT: dict[Objective, OverLength] = {"sft": "drop", "pretrain": "split"}
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# Marks are single characters that no tokenizer, template or trimming rule treats specially. The second range is for
+# conversations that hold characters of the first.
+MARK_RANGES = (0xE000, 0xF0000)
+MARKS_IN_RANGE = 6400
+
+
+class RefusedByTemplateError(ValueError):
+    """The chat template itself raised an error for a conversation."""
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A conversation as the template writes it, and the character spans of what the assistant says."""
+
+    text: str
+    spans: list[Span]
+
+
+class ChatTemplate:
+    """Renders conversations and finds the assistant's spans in any template, verified against the real text.
+
+    A span is an assistant's turn as the model has to write it: everything after the generation prompt, up to and with
+    the end-of-turn token. Templates with `{% generation %}` blocks say themselves where spans are. For all others the
+    conversation is rendered a second time with marks around each assistant's content; taking the marks out must give
+    the real text again, to the character, or the template is refused with a ValueError.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.template = chat_template_of(tokenizer)
+        self.has_generation_blocks = bool(GENERATION_BLOCK.search(self.template))
+        contents = {str(token.content) for token in tokenizer.added_tokens_decoder.values()} | {tokenizer.eos_token}
+        longest_first = sorted((token for token in contents if token), key=len, reverse=True)
+        self.added_token = re.compile(r"\s*(" + "|".join(map(re.escape, longest_first)) + ")") if contents else None
+        self.header, self.lead, self.end_of_turn = "", "", ""
+        if not self.has_generation_blocks:
+            self.probe()
+
+    def probe(self) -> None:
+        """Learn from one exchange what stands before and after the assistant's content.
+
+        `header`: what opens the turn and is given to the model; `lead`: what the model writes between header and
+        content (a space, an empty reasoning block); `end_of_turn`: the token that closes the turn, or "".
+        """
+        question = [{"role": "user", "content": "question"}]
+        opening, closing = chr(MARK_RANGES[0]), chr(MARK_RANGES[0] + 1)
+        try:
+            asked = self.render(question)
+            prompt = self.render(question, add_generation_prompt=True)
+            answered = self.render([*question, {"role": "assistant", "content": f"{opening}answer{closing}"}])
+        except RefusedByTemplateError as error:
+            raise ValueError(f"the chat template cannot render a question and an answer: {error}") from error
+        if answered.count(opening) != 1 or answered.count(closing) != 1:
+            raise ValueError("the chat template does not write the assistant's content exactly once")
+        before = answered[: answered.index(opening)]
+        given = common_prefix(prompt, before)
+        self.lead = before[len(given) :]
+        self.header = given[len(common_prefix(asked, given)) :]
+        if not self.header and self.lead.strip():
+            self.lead = ""  # the template writes no generation prompt, so this is the header, not the model's part
+        end = self.added_token.match(answered, answered.index(closing) + 1) if self.added_token else None
+        self.end_of_turn = end[1] if end else ""
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The text of a conversation."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise RefusedByTemplateError(str(error)) from error
+
+    def rendered(self, messages: Sequence[Message]) -> RenderedChat:
+        """The text of a conversation and the verified spans of its assistant turns."""
+        if self.has_generation_blocks:
+            return self.rendered_with_blocks(messages)
+        text = self.render(messages)
+        # Templates that trim content move outer marks inward; templates that cut reasoning off drop the opening mark.
+        for placement in ("outside", "inside", "closing"):
+            marked = self.marked_pieces(messages, placement)
+            if marked is not None and "".join(marked.pieces) == text:
+                return RenderedChat(text, self.spans(messages, text, marked))
+        raise ValueError(
+            "the chat template changes the assistant's content in a way that cannot be traced, so the loss mask would "
+            "be wrong; mark the assistant's part of the template with {% generation %} ... {% endgeneration %}. "
+            f"Conversation: {str(list(messages))[:300]}"
+        )
+
+    def rendered_with_blocks(self, messages: Sequence[Message]) -> RenderedChat:
+        """Spans from the template's own `{% generation %}` blocks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans = render_jinja_template(
+                [list(messages)],
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except TemplateError as error:
+            raise RefusedByTemplateError(str(error)) from error
+        if texts[0] != self.render(messages):
+            raise ValueError("the chat template renders differently when its {% generation %} blocks are tracked")
+        return RenderedChat(texts[0], [(int(start), int(end)) for start, end in spans[0]])
+
+    def marked_pieces(self, messages: Sequence[Message], placement: str) -> MarkedText | None:
+        """The conversation rendered with marks and split at them; None where the template refuses the marked text."""
+        first_mark = unused_marks(messages)
+        marked: list[Message] = []
+        for turn, message in enumerate(messages):
+            content = message["content"]
+            if not is_spoken(message):
+                marked.append(message)
+                continue
+            opening, closing = chr(first_mark + 2 * turn), chr(first_mark + 2 * turn + 1)
+            if placement == "closing" or has_more_than_content(message):
+                opening = ""
+            core = content if placement == "outside" else content.strip()
+            start = content.index(core)
+            content = content[:start] + opening + core + closing + content[start + len(core) :]
+            marked.append({**message, "content": content})
+        try:
+            text = self.render(marked)
+        except RefusedByTemplateError:
+            return None
+        return MarkedText.split(text, first_mark)
+
+    def spans(self, messages: Sequence[Message], text: str, marked: MarkedText) -> list[Span]:
+        """The span of each spoken turn, from the places of its marks in the real text."""
+        spans: list[Span] = []
+        previous_end = 0
+        for turn, message in enumerate(messages):
+            if not is_spoken(message):
+                continue
+            opening, closing = marked.places.get(2 * turn), marked.places.get(2 * turn + 1)
+            if closing is None:
+                raise ValueError(f"the chat template leaves out the assistant's turn {turn}: {str(message)[:200]}")
+            if opening is not None:
+                start = self.with_lead(text, previous_end, opening)
+            else:
+                start = self.after_header(text, previous_end, closing, turn)
+            end = self.after_end_of_turn(text, closing, anywhere=bool(message.get("tool_calls")))
+            spans.append((start, end))
+            previous_end = end
+        return spans
+
+    def with_lead(self, text: str, start: int, opening: int) -> int:
+        """Where the model begins to write: at the content's opening mark, or before the lead and blanks ahead of it."""
+        for front in (self.header + self.lead, self.header):
+            place = text.rfind(front, start, opening) if front else -1
+            if place >= 0 and not text[place + len(front) : opening].strip():
+                return place + len(self.header)
+        return opening
+
+    def after_header(self, text: str, start: int, end: int, turn: int) -> int:
+        """Where an assistant's turn begins that ends at `end`, from the one header in front of it."""
+        if not self.header or text.count(self.header, start, end) != 1:
+            raise ValueError(
+                f"the chat template does not show where the assistant's turn {turn} begins; mark it with "
+                "{% generation %} ... {% endgeneration %} in the template"
+            )
+        return text.index(self.header, start, end) + len(self.header)
+
+    def after_end_of_turn(self, text: str, closing: int, *, anywhere: bool) -> int:
+        """The place behind the end-of-turn token that follows the content, or behind the content where none does."""
+        if not self.end_of_turn:
+            return closing
+        gap = r"[\s\S]*?" if anywhere else r"\s*"  # tool calls stand between content and end of turn
+        match = re.compile(gap + re.escape(self.end_of_turn)).match(text, closing)
+        return match.end() if match else closing
+
+
+@dataclass(frozen=True)
+class MarkedText:
+    """A text split at its marks: the pieces between them, and the place of each mark in the joined pieces."""
+
+    pieces: list[str]
+    places: dict[int, int]
+
+    @classmethod
+    def split(cls, text: str, first_mark: int) -> MarkedText | None:
+        """Split at marks from `first_mark` on; None where a mark occurs twice."""
+        parts = re.split(f"([{chr(first_mark)}-{chr(first_mark + MARKS_IN_RANGE - 1)}])", text)
+        places: dict[int, int] = {}
+        length = 0
+        for piece, mark in zip(parts[::2], [*parts[1::2], ""], strict=True):
+            length += len(piece)
+            if mark:
+                if ord(mark) - first_mark in places:
+                    return None
+                places[ord(mark) - first_mark] = length
+        return cls(parts[::2], places)
+
+
+def chat_template_of(tokenizer: Any) -> str:
+    """The tokenizer's chat template; ValueError says what to do where it has none."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the rows are conversations, but the tokenizer has no chat template: name the instruct variant's tokenizer "
+            "in model.tokenizer, or add a chat_template to the tokenizer's folder"
+        )
+    template: str = tokenizer.get_chat_template()
+    return template
+
+
+def common_prefix(first: str, second: str) -> str:
+    """The longest text that both begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return first[: next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))]
+
+
+def is_spoken(message: Message) -> bool:
+    """Whether the assistant says something in this turn."""
+    return message["role"] == "assistant" and bool(message["content"].strip() or has_more_than_content(message))
+
+
+def has_more_than_content(message: Message) -> bool:
+    """Whether the turn also holds reasoning or tool calls, which the template writes outside the content."""
+    return any(message.get(key) for key in (*REASONING_KEYS, "tool_calls"))
+
+
+def unused_marks(messages: Sequence[Message]) -> int:
+    """The first code point of a range of marks that the conversation does not use."""
+    if 2 * len(messages) > MARKS_IN_RANGE:
+        raise ValueError(f"a conversation of {len(messages)} turns; at most {MARKS_IN_RANGE // 2} are supported")
+    text = str([list(message.values()) for message in messages]) + "".join(str(m["content"]) for m in messages)
+    for first in MARK_RANGES:
+        if not re.search(f"[{chr(first)}-{chr(first + MARKS_IN_RANGE - 1)}]", text):
+            return first
+    raise ValueError("a conversation uses private-use characters of every range that is needed to find its turns")
+
+
+# --- tokens
+
+
+class Renderer:
+    """Turns canonical samples into token rows for one objective, and counts what was dropped or shortened."""
+
+    def __init__(
+        self, tokenizer: Any, *, objective: Objective, max_length: int, over_length: OverLength | None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.objective = objective
+        self.max_length = max_length
+        self.over_length = over_length or OVER_LENGTH_DEFAULT[objective]
+        self.dropped: Counter[str] = Counter()
+        self.longer_than_max_length = 0
+        self.template: ChatTemplate | None = None
+        self.backend: Any = None
+
+    def token_rows(self, samples: Sequence[Sample]) -> list[TokenRow]:
+        """Token rows of the samples, in order. ValueError names the sample that does not suit the objective."""
+        tokens: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]] | None] = [None] * len(samples)
+        for kind, render in (("input_ids", self.given), ("messages", self.chats), ("text", self.texts)):
+            chosen = [index for index, sample in enumerate(samples) if kind in sample.content]
+            for index, row in zip(chosen, render([samples[index] for index in chosen]), strict=True):
+                tokens[index] = row
+        rows: list[TokenRow] = []
+        for sample, pair in zip(samples, tokens, strict=True):
+            if not sample.content.keys() & {"input_ids", "messages", "text"}:
+                raise ValueError(
+                    f"sample {sample.id} holds {', '.join(sample.content)}, which the objective {self.objective} does "
+                    "not train on; return messages (or prompt and completion) from the dataset module"
+                )
+            if pair is not None:
+                rows += self.fitted(sample, *pair)
+        return rows
+
+    def given(self, samples: list[Sample]) -> Iterable[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
+        """Rows that came tokenised."""
+        for sample in samples:
+            yield np.array(sample.content["input_ids"], np.int32), np.array(sample.content["loss_mask"], np.bool_)
+
+    def texts(self, samples: list[Sample]) -> Iterable[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
+        """Plain texts, closed by the end-of-text token, with loss everywhere."""
+        if not samples:
+            return
+        if self.objective == "sft":
+            raise ValueError(
+                f"sample {samples[0].id} is plain text, but the objective sft learns from assistant turns: set "
+                "finetuning.objective: pretrain, or return messages from the dataset module"
+            )
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise ValueError("the tokenizer has no eos_token, so texts cannot be told apart: set one in its folder")
+        for ids in self.tokenizer([sample.content["text"] for sample in samples])["input_ids"]:
+            closed = ids if ids and ids[-1] == end else [*ids, end]
+            yield np.array(closed, np.int32), np.ones(len(closed), np.bool_)
+
+    def chats(self, samples: list[Sample]) -> Iterable[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]] | None]:
+        """Conversations; None where the chat template refuses one."""
+        if not samples:
+            return
+        if self.template is None:
+            self.template = ChatTemplate(self.tokenizer)
+            self.backend = offsets_backend(self.tokenizer)
+        chats = [self.rendered(sample) for sample in samples]
+        encodings = iter(self.encoded([chat.text for chat in chats if chat is not None]))
+        for chat in chats:
+            if chat is None:
+                yield None
+                continue
+            encoding = next(encodings)
+            ids = np.array(encoding.ids, np.int32)
+            if self.objective == "pretrain":
+                yield ids, np.ones(len(ids), np.bool_)
+            else:
+                yield ids, span_mask(np.array(encoding.offsets, np.int64).reshape(-1, 2), chat.spans)
+
+    def rendered(self, sample: Sample) -> RenderedChat | None:
+        """The rendered conversation; None, counted, where the template refuses it."""
+        assert self.template is not None
+        try:
+            if self.objective == "pretrain":
+                return RenderedChat(self.template.render(sample.content["messages"]), [])
+            return self.template.rendered(sample.content["messages"])
+        except RefusedByTemplateError as error:
+            self.dropped[f"refused by the chat template: {error}"] += 1
+            return None
+        except ValueError as error:
+            raise ValueError(f"sample {sample.id}: {error}") from error
+
+    def encoded(self, texts: list[str]) -> list[Any]:
+        """Encodings with offsets; the template has written all special tokens already."""
+        encodings: list[Any] = self.backend.encode_batch(texts, add_special_tokens=False)
+        return encodings
+
+    def fitted(self, sample: Sample, ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_]) -> Iterable[TokenRow]:
+        """The row, or its pieces by the over-length policy; rows without anything to learn are dropped and counted."""
+        pieces = [(sample.id, ids, mask)]
+        if len(ids) > self.max_length:
+            self.longer_than_max_length += 1
+            starts = range(0, len(ids), self.max_length)
+            pieces = [
+                (f"{sample.id}#{piece}", ids[start : start + self.max_length], mask[start : start + self.max_length])
+                for piece, start in enumerate(starts)
+            ]
+            if self.over_length == "drop":
+                self.dropped["longer than max_length"] += 1
+                return
+            if self.over_length == "truncate":
+                pieces = [(sample.id, *pieces[0][1:])]
+        for sample_id, piece_ids, piece_mask in pieces:
+            if not piece_mask[1:].any():  # the first token of a row is never predicted
+                self.dropped["no token to learn from"] += 1
+                continue
+            yield TokenRow(sample_id, piece_ids, piece_mask, sample.source)
+
+
+def offsets_backend(tokenizer: Any) -> Any:
+    """A copy of the fast tokenizer whose offsets cover every character of a token, blanks included."""
+    from tokenizers import Tokenizer
+
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} cannot tell which characters a token covers, so assistant turns cannot be "
+            "masked: use a tokenizer with a tokenizer.json"
+        )
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.post_processor = None  # byte-level ones may trim blanks from offsets; the template adds special tokens
+    probe = "A probe:  two blanks,\n\nan é and 12,345 numbers. "
+    if backend.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe, add_special_tokens=False):
+        raise ValueError(f"{type(tokenizer).__name__} changes tokens after its tokenizer.json; masks would be wrong")
+    return backend
+
+
+def span_mask(offsets: npt.NDArray[np.int64], spans: Sequence[Span]) -> npt.NDArray[np.bool_]:
+    """True for tokens that lie inside a span; `offsets` [tokens, 2] are character ranges, empty ones never inside."""
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    mask = np.zeros(len(offsets), np.bool_)
+    for first, last in spans:
+        mask |= (starts >= first) & (ends <= last) & (ends > starts)
+    return mask
+
+
+def generation_prompt(sample: Sample) -> dict[str, Any] | None:
+    """What generation starts from, as `prompt_messages` or `prompt`; None for samples that hold no question."""
+    content = sample.content
+    if "messages" in content:
+        turns = [turn for turn, message in enumerate(content["messages"]) if message["role"] == "assistant"]
+        return {"prompt_messages": content["messages"][: turns[-1]]} if turns and turns[-1] else None
+    if isinstance(content.get("prompt"), str):
+        return {"prompt": content["prompt"]}
+    return {"prompt_messages": content["prompt"]} if "prompt" in content else None

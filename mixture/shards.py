@@ -1,0 +1,231 @@
+"""Token rows on disk: Parquet shards for other tools, and one memory-mapped Arrow file a split for training."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from mixture.packing import Packs
+
+SCHEMA = pa.schema(
+    [
+        # The sample the row was made from; pieces of a split sample end in #0, #1, ...
+        pa.field("sample_id", pa.string(), nullable=False),
+        # Tokens, special ones included, at most dataset.max_length of them.
+        pa.field("input_ids", pa.large_list(pa.field("item", pa.int32(), nullable=False)), nullable=False),
+        # Per token: whether predicting it counts in the loss. The first token is never predicted, whatever it says.
+        pa.field("loss_mask", pa.large_list(pa.field("item", pa.bool_(), nullable=False)), nullable=False),
+        # The data set the sample comes from.
+        pa.field("source", pa.string(), nullable=False),
+    ]
+)
+"""Columns of the token shards, one row a sample. Parquet and Arrow files hold the same rows in the same order."""
+
+ROWS_PER_BATCH = b"rows_per_batch"
+TOKENS_PER_BATCH = 1 << 21
+TOKENS_PER_SHARD = 1 << 27
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """One tokenised sample."""
+
+    sample_id: str
+    input_ids: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.bool_]
+    source: str
+
+
+# --- where the files of a split lie
+
+
+def arrow_file(prepared_folder: Path, split: str) -> Path:
+    return prepared_folder / "tokens" / f"{split}.arrow"
+
+
+def parquet_file(prepared_folder: Path, split: str, shard: int) -> Path:
+    return prepared_folder / "tokens" / f"{split}-{shard:05d}.parquet"
+
+
+def packing_file(prepared_folder: Path, split: str) -> Path:
+    return prepared_folder / "packing" / f"{split}.parquet"
+
+
+# --- writing
+
+
+class TokenWriter:
+    """Writes the token rows of one split in bounded memory; a context manager.
+
+    `lengths` (int32, tokens of each row) and `digest` (over tokens and masks) cover what was added.
+    """
+
+    def __init__(self, prepared_folder: Path, split: str, *, max_length: int) -> None:
+        self.folder = prepared_folder
+        self.split = split
+        # A fixed number of rows in each batch lets a reader find row i without an index.
+        self.rows_per_batch = max(16, min(4096, TOKENS_PER_BATCH // max_length))
+        self.lengths = array("i")
+        self.digest = xxhash.xxh3_128()
+        self.pending: list[TokenRow] = []
+        self.shards = 0
+        self.shard_tokens = 0
+        self.parquet: pq.ParquetWriter | None = None
+        path = arrow_file(prepared_folder, split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        schema = SCHEMA.with_metadata({ROWS_PER_BATCH: str(self.rows_per_batch).encode()})
+        self.arrow = pa.ipc.new_file(str(path), schema)
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+
+    def add(self, row: TokenRow) -> None:
+        """Append a row."""
+        self.lengths.append(len(row.input_ids))
+        self.digest.update(len(row.input_ids).to_bytes(4, "little"))
+        self.digest.update(row.input_ids.astype("<i4", copy=False).tobytes())
+        self.digest.update(row.loss_mask.tobytes())
+        self.pending.append(row)
+        if len(self.pending) == self.rows_per_batch:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the pending rows as one batch and one Parquet row group."""
+        if not self.pending:
+            return
+        batch = record_batch(self.pending)
+        self.arrow.write_batch(batch)
+        if self.parquet is None:
+            path = parquet_file(self.folder, self.split, self.shards)
+            self.parquet = pq.ParquetWriter(path, SCHEMA, compression="zstd")
+        self.parquet.write_batch(batch)
+        self.shard_tokens += sum(len(row.input_ids) for row in self.pending)
+        self.pending = []
+        if self.shard_tokens >= TOKENS_PER_SHARD:
+            self.close_shard()
+
+    def close_shard(self) -> None:
+        """Finish the current Parquet file; the next batch opens another."""
+        if self.parquet is not None:
+            self.parquet.close()
+            self.parquet = None
+            self.shards += 1
+            self.shard_tokens = 0
+
+    def close(self) -> None:
+        """Write what is pending and finish all files."""
+        self.flush()
+        self.close_shard()
+        self.arrow.close()
+
+
+def record_batch(rows: Sequence[TokenRow]) -> pa.RecordBatch:
+    """Rows as one Arrow record batch of SCHEMA."""
+    starts = np.concatenate(([0], np.cumsum([len(row.input_ids) for row in rows])))
+    tokens = pa.array(np.concatenate([row.input_ids for row in rows]), pa.int32())
+    masks = pa.array(np.concatenate([row.loss_mask for row in rows]), pa.bool_())
+    types = [field.type for field in SCHEMA]
+    columns = [
+        pa.array([row.sample_id for row in rows], types[0]),
+        pa.LargeListArray.from_arrays(starts, tokens, types[1]),
+        pa.LargeListArray.from_arrays(starts, masks, types[2]),
+        pa.array([row.source for row in rows], types[3]),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def write_packs(prepared_folder: Path, split: str, packs: Packs) -> None:
+    """Write packs as Parquet: one row a pack, `samples` its sample indices."""
+    path = packing_file(prepared_folder, split)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = pa.LargeListArray.from_arrays(packs.starts, packs.indices)
+    pq.write_table(pa.table({"samples": samples}), path, compression="zstd")
+
+
+# --- reading
+
+
+class TokenRows(Sequence[TokenRow]):
+    """The token rows of one split, read from a memory-mapped file: memory stays flat however large it is. Picklable."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self.rows_per_batch = int(self.reader.schema.metadata[ROWS_PER_BATCH])
+        self.batches: list[BatchView | None] = [None] * self.reader.num_record_batches
+        full = self.rows_per_batch * (len(self.batches) - 1)
+        self.length = full + self.reader.get_batch(len(self.batches) - 1).num_rows if self.batches else 0
+
+    @classmethod
+    def open(cls, prepared_folder: Path, split: str) -> TokenRows:
+        """The rows of `split` (`train` or `test`) in a prepared folder; FileNotFoundError if it has no such split."""
+        return cls(arrow_file(Path(prepared_folder), split))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: Any) -> Any:
+        """Row `index`: an int, counted from the end if negative. The arrays are views of the file; do not write."""
+        if index < 0:
+            index += self.length
+        if not 0 <= index < self.length:
+            raise IndexError(f"row {index} of {self.length}")
+        batch, row = divmod(index, self.rows_per_batch)
+        view = self.batches[batch]
+        if view is None:
+            view = self.batches[batch] = BatchView(self.reader.get_batch(batch))
+        return view.row(row)
+
+    def __iter__(self) -> Iterator[TokenRow]:
+        return (self[index] for index in range(self.length))
+
+    def __reduce__(self) -> tuple[type[TokenRows], tuple[Path]]:
+        return TokenRows, (self.path,)
+
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of each row, int32 [rows]."""
+        counts = [np.diff(list_offsets(self.reader.get_batch(batch).column(1))) for batch in range(len(self.batches))]
+        return np.concatenate(counts or [np.empty(0)]).astype(np.int32)
+
+
+class BatchView:
+    """NumPy views of one record batch, so that reading a row costs no Arrow calls for its tokens."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.sample_ids, tokens, masks, self.sources = batch.columns
+        self.starts = list_offsets(tokens)
+        self.tokens = np.frombuffer(tokens.values.buffers()[1], dtype=np.int32)
+        self.mask_bits = np.frombuffer(masks.values.buffers()[1], dtype=np.uint8)
+
+    def row(self, index: int) -> TokenRow:
+        """The row at `index` of the batch."""
+        first, last = int(self.starts[index]), int(self.starts[index + 1])
+        bits = np.unpackbits(self.mask_bits[first >> 3 : (last + 7) >> 3], bitorder="little")
+        mask = bits[first & 7 : (first & 7) + last - first].view(np.bool_)
+        return TokenRow(self.sample_ids[index].as_py(), self.tokens[first:last], mask, self.sources[index].as_py())
+
+
+def list_offsets(column: pa.LargeListArray) -> npt.NDArray[np.int64]:
+    return np.frombuffer(column.buffers()[1], dtype=np.int64)[: len(column) + 1]
+
+
+def read_packs(prepared_folder: Path, split: str) -> Packs:
+    """The packs of one split: 4 bytes a sample and 8 bytes a pack in memory."""
+    column = pq.read_table(packing_file(Path(prepared_folder), split)).column("samples").combine_chunks()
+    return Packs(column.values.to_numpy(), column.offsets.to_numpy())
