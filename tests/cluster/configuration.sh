@@ -3,7 +3,8 @@
 # shellcheck source=tests/cluster/daemons.sh
 source "${BASH_SOURCE[0]%/*}/daemons.sh"
 
-accounting=${BATON_CLUSTER_ACCOUNTING:-1}
+# Once chosen, it stays.
+accounting=${BATON_CLUSTER_ACCOUNTING:-$(cat "$cluster/accounting" 2>/dev/null || echo 1)}
 num_gpus_per_node=2
 
 # Ports are chosen once. They lie below the range that the system hands out itself, and the search starts at a place
@@ -31,6 +32,7 @@ are_free() {
 }
 
 write_configuration() {
+  echo "$accounting" >"$cluster/accounting"
   slurm_conf >"$cluster/slurm.conf"
   gres_conf >"$cluster/gres.conf"
   : >"$cluster/cgroup.conf"
