@@ -178,16 +178,21 @@ def read_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: everything that is wrong with file and overrides, one line each.
     """
+    return run_config(read_tree(path, overrides))
+
+
+def read_tree(path: Path, overrides: Sequence[str]) -> ConfigTree:
+    """The values of a file with overrides applied, each with its place, before any of them is typed or checked."""
     tree = read_config_file(path)
     for key_path, value in read_overrides(overrides):
         tree.override(key_path, value)
     if tree.values.get("name") is None:
         tree.values["name"] = path.stem
-    return run_config_from_tree(tree)
+    return tree
 
 
-def run_config_from_tree(tree: ConfigTree) -> RunConfig:
-    """Type, complete and check a tree.
+def run_config(tree: ConfigTree) -> RunConfig:
+    """A tree as typed, complete and checked settings.
 
     Raises:
         ConfigError: everything that is wrong with it, one line each.
@@ -243,9 +248,10 @@ def build(
                 problems.append(Problem(tree.place(here), f"{'.'.join(here)}: {error}"))
     required = [key for key, item in fields.items() if is_required(item)]
     for key in required:
-        if key not in values:
-            message = f"{'.'.join((*path, key))} is missing and has no default"
-            problems.append(Problem(tree.place(path), message))
+        if key not in values and dataclasses.is_dataclass(annotations[key]):
+            typed[key] = build(typing.cast(type, annotations[key]), {}, (*path, key), tree, problems)
+        elif key not in values:
+            problems.append(Problem(tree.place(path), f"{'.'.join((*path, key))} is missing and has no default"))
     if any(typed.get(key) is None for key in required):
         return None
     try:

@@ -1,12 +1,12 @@
 """The run folder: where everything about one run lies, and the logs that its jobs append to.
 
-    config.yaml     resolved config              events.jsonl   what every job did
-    manifest.json   versions, git state, data    metrics.jsonl  loss and speed, a line per logging step
-    code/           snapshot the jobs run        logs/          one file per job
-    chain.json      journal of submissions       checkpoints/   resume points
-    evaluation.json scores of the last job       export/        the trained model
-    DONE            the chain has finished       HALT           a job found an error that a retry cannot cure
-    STOP            the user asked the chain to end
+config.yaml     resolved config              events.jsonl   what every job did
+manifest.json   versions, git state, data    metrics.jsonl  loss and speed, a line per logging step
+code/           snapshot the jobs run        logs/          one file per job
+chain.json      journal of submissions       checkpoints/   resume points
+evaluation.json scores of the last job       export/        the trained model
+DONE            the chain has finished       HALT           a job found an error that a retry cannot cure
+STOP            the user asked the chain to end
 """
 
 from __future__ import annotations
@@ -108,6 +108,17 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield orjson.loads(line)
             except orjson.JSONDecodeError:
                 continue
+
+
+def read_new_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines that were appended after byte `offset`, and the offset to go on from."""
+    if not path.exists():
+        return [], offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        content = file.read()
+    whole = content[: content.rfind(b"\n") + 1]
+    return [orjson.loads(line) for line in whole.splitlines()], offset + len(whole)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -1,0 +1,336 @@
+"""The command line: ./train.sh [VERB] FILE [--section.key value ...]."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+from rich.table import Table
+
+from jobs import launch
+from jobs.config import PROJECT, resolved_values
+from jobs.config_file import ConfigError
+from jobs.job import ExitCode
+from jobs.local import AlreadyRunningError
+from jobs.plan import Plan, plan_run
+from jobs.preflight import CheckedRun, check_run
+from jobs.progress import RunWatcher, console_for_messages
+from jobs.slurm import SubmissionError
+from jobs.status import RunStatus, clock, read_status, show_evaluation, show_status
+from training.checkpoints import NoValidCheckpointError
+from training.run_folder import RunFolder
+
+USAGE = """\
+./train.sh [run] FILE       check, plan, then submit the chain (with Slurm) or train here (without)
+./train.sh check FILE       find everything wrong with FILE before anything starts
+./train.sh plan FILE        blocks, steps, learning rates, tokens, GPU-hours, disk
+./train.sh prepare FILE     make the training data here and now
+./train.sh check-dataset FILE   two rows of each split as the trainer will see them
+./train.sh status [NAME]    how runs stand
+./train.sh logs NAME        what the last job printed
+./train.sh datasets         the datasets that come along
+
+--section.key VALUE overrides any key of FILE: --training.lr 1e-4 --dataset.data_files PATH --name NAME"""
+
+console = console_for_messages()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; returns its exit code."""
+    verb, rest = split_verb(arguments)
+    try:
+        return VERBS[verb](rest)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return ExitCode.BAD_INPUT
+    except (ValueError, SubmissionError, AlreadyRunningError, NoValidCheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.BAD_INPUT
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb and what follows it; a file name alone means `run`."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        return "help", []
+    if arguments[0] in VERBS:
+        return arguments[0], list(arguments[1:])
+    return "run", list(arguments)
+
+
+def help_command(arguments: list[str]) -> int:
+    """Print the usage."""
+    console.print(USAGE, highlight=False, markup=False)
+    return 0
+
+
+def run_command(arguments: list[str]) -> int:
+    """Check and plan a run, then submit it or train it here."""
+    parser = verb_parser("run", "check, plan, then submit the chain or train here")
+    parser.add_argument("--dry-run", action="store_true", help="stop after the plan")
+    parser.add_argument("--wait", action="store_true", help="stay and show progress of a submitted chain")
+    parser.add_argument("--prepare-here", action="store_true", help="make the data here, not in the chain's first job")
+    options, checked = parse_and_check(parser, arguments)
+    plan = plan_run(checked)
+    if options.dry_run:
+        show_plan(checked, plan)
+        return 0
+    run = launch.open_run_folder(checked, plan.data_key, console.print)
+    if run.done.exists():
+        console.print(f"run {run.path.name} is finished; its folder is {run.path}", highlight=False)
+        show_status(read_status(run), console)
+        return 0
+    if options.prepare_here or checked.cluster == "local":
+        prepare_data(checked)
+        plan = plan_run(checked)
+    show_plan(checked, plan)
+    launch.clear_halt(run, console.print)
+    if checked.cluster == "local":
+        return train_here(run, checked, plan)
+    return submit(run, checked, plan, wait=options.wait)
+
+
+def train_here(run: RunFolder, checked: CheckedRun, plan: Plan) -> int:
+    code = launch.train_here(run, checked, plan, RunWatcher(run, console).watch)
+    if code == ExitCode.DONE:
+        console.print(f"finished: {run.path}", highlight=False)
+        show_evaluation(read_status(run).evaluation or {}, console)
+    else:
+        print(f"error: the chain stopped with exit code {code}; details in {run.logs}", file=sys.stderr)
+    return code
+
+
+def submit(run: RunFolder, checked: CheckedRun, plan: Plan, *, wait: bool) -> int:
+    watcher = RunWatcher(run, console)
+    known = {job.id for job in launch.queued_jobs(run)}
+    jobs = launch.submit(run, checked, plan, console.print)
+    if known and known == {job.id for job in jobs}:
+        console.print(f"already queued: {', '.join(f'{job.kind} {job.id}' for job in jobs)}", highlight=False)
+    console.print(
+        f"watch it with: ./train.sh status {run.path.name}   ./train.sh logs {run.path.name}", highlight=False
+    )
+    if not wait:
+        return 0
+    watcher.watch(lambda: not launch.queued_jobs(run))
+    status = read_status(run)
+    show_status(status, console)
+    return ExitCode.DONE if status.state == "done" else 1
+
+
+def check_command(arguments: list[str]) -> int:
+    """Find everything wrong with a file."""
+    parser = verb_parser("check", "find everything wrong with FILE before anything starts")
+    parser.add_argument("--json", action="store_true", help="print the resolved settings as JSON")
+    options, checked = parse_and_check(parser, arguments)
+    if options.json:
+        print_json(resolved_values(checked.config))
+        return 0
+    show_notes(checked)
+    console.print(
+        f"{options.file}: fine. Run {checked.config.name} trains {checked.config.model.name} on "
+        f"{checked.module.path}, {'through Slurm' if checked.cluster == 'slurm' else 'on this machine'}.",
+        highlight=False,
+    )
+    return 0
+
+
+def plan_command(arguments: list[str]) -> int:
+    """Show what the chain will do."""
+    parser = verb_parser("plan", "blocks, steps, learning rates, tokens, GPU-hours, disk")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    options, checked = parse_and_check(parser, arguments)
+    plan = plan_run(checked)
+    if options.json:
+        print_json(dataclasses.asdict(plan))
+    else:
+        show_plan(checked, plan)
+    return 0
+
+
+def prepare_command(arguments: list[str]) -> int:
+    """Make the training data here."""
+    _, checked = parse_and_check(verb_parser("prepare", "make the training data here and now"), arguments)
+    prepare_data(checked)
+    return 0
+
+
+def prepare_data(checked: CheckedRun) -> None:
+    from mixture.prepare import prepare  # the tokenizer's imports take seconds; check and plan do not need them
+
+    prepare(checked.preparation, checked.config.data_folder, lambda line: console.print(line, highlight=False))
+
+
+def check_dataset_command(arguments: list[str]) -> int:
+    """Show two rows of each split as the trainer will see them."""
+    from mixture.inspection import inspect_dataset, show_inspection
+
+    _, checked = parse_and_check(verb_parser("check-dataset", "two rows of each split"), arguments)
+    show_inspection(inspect_dataset(checked.preparation), console)
+    return 0
+
+
+def datasets_command(arguments: list[str]) -> int:
+    """List the datasets that come along."""
+    from mixture.inspection import list_datasets
+
+    parser = argparse.ArgumentParser(prog="./train.sh datasets")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    rows = [dataclasses.asdict(dataset) for dataset in list_datasets(PROJECT)]
+    if options.json:
+        print_json(rows)
+        return 0
+    table = Table(box=None, padding=(0, 2))
+    for heading in rows[0]:
+        table.add_column(heading.replace("_", " "))
+    for row in rows:
+        table.add_row(*("-" if value is None else str(value) for value in row.values()))
+    console.print(table)
+    return 0
+
+
+def status_command(arguments: list[str]) -> int:
+    """Show one run, or a line for each."""
+    parser = argparse.ArgumentParser(prog="./train.sh status")
+    parser.add_argument("name", nargs="?", help="a run, or the path of its folder; all runs where it is left out")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.name:
+        status = read_status(find_run(options.name))
+        print_json(dataclasses.asdict(status)) if options.json else show_status(status, console)
+        return 0
+    statuses = [read_status(run) for run in launch.runs_in(PROJECT / "runs")]
+    if options.json:
+        print_json([dataclasses.asdict(status) for status in statuses])
+    else:
+        show_runs(statuses)
+    return 0
+
+
+def show_runs(statuses: list[RunStatus]) -> None:
+    if not statuses:
+        console.print("no runs yet; start one with ./train.sh configs/test.yaml", highlight=False)
+        return
+    table = Table(box=None, padding=(0, 2))
+    for heading in ("run", "state", "step", "of", "loss", "left"):
+        table.add_column(heading)
+    for status in statuses:
+        table.add_row(
+            status.name,
+            status.state,
+            str(status.step),
+            str(status.horizon_steps or "-"),
+            f"{status.loss:.4f}" if status.loss is not None else "-",
+            clock(status.seconds_left) if status.seconds_left is not None else "-",
+        )
+    console.print(table)
+
+
+def logs_command(arguments: list[str]) -> int:
+    """Print what a run's newest job wrote, or follow it."""
+    parser = argparse.ArgumentParser(prog="./train.sh logs")
+    parser.add_argument("name", help="a run, or the path of its folder")
+    parser.add_argument("-f", "--follow", action="store_true", help="keep printing until interrupted")
+    options = parser.parse_args(arguments)
+    run = find_run(options.name)
+    files = sorted((*run.logs.glob("*.log"), *run.logs.glob("*.out")), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise ValueError(f"run {run.path.name} has no logs yet")
+    print(f"==> {files[-1]}", file=sys.stderr)
+    with files[-1].open(errors="replace") as log:
+        sys.stdout.write(log.read())
+        while options.follow:
+            sys.stdout.write(log.read())
+            sys.stdout.flush()
+            time.sleep(0.5)
+    return 0
+
+
+def find_run(name: str) -> RunFolder:
+    """A run by name, or by the path of its folder."""
+    for path in (PROJECT / "runs" / name, Path(name).resolve()):
+        if (path / "manifest.json").is_file():
+            return RunFolder(path)
+    known = ", ".join(run.path.name for run in launch.runs_in(PROJECT / "runs")) or "none"
+    raise ValueError(f"no run {name} in {PROJECT / 'runs'}; there are: {known}")
+
+
+def verb_parser(verb: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"./train.sh {verb}", description=description, allow_abbrev=False)
+    parser.add_argument(
+        "file", type=Path, help="the run's YAML file; further --section.key VALUE pairs override its keys"
+    )
+    return parser
+
+
+def parse_and_check(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, CheckedRun]:
+    options, overrides = parser.parse_known_args(arguments)
+    return options, check_run(options.file, overrides)
+
+
+def show_notes(checked: CheckedRun) -> None:
+    for note in checked.notes:
+        console.print(f"note: {note}", highlight=False)
+
+
+def show_plan(checked: CheckedRun, plan: Plan) -> None:
+    """Print the plan: the chain in one line, a row per block, then what it costs."""
+    training = checked.config.training
+    show_notes(checked)
+    where = "Slurm" if checked.cluster == "slurm" else "this machine"
+    console.print(
+        f"run {checked.config.name} on {where}: {training.total_jobs} blocks of {training.epochs_per_job} epochs, "
+        f"{plan.rows_per_step} rows a step ({training.batch_size} per device x {training.gradient_accumulation} "
+        f"accumulated x {checked.world_size} processes)",
+        highlight=False,
+    )
+    table = Table(box=None, padding=(0, 2))
+    for heading in ("block", "epochs", "steps", "learning rate"):
+        table.add_column(heading)
+    for block in plan.blocks:
+        steps = f"{block.steps[0]} - {block.steps[1]}" if block.steps else "known once the data is prepared"
+        rates = f"{block.learning_rates[0]:.2e} - {block.learning_rates[1]:.2e}" if block.learning_rates else "-"
+        table.add_row(str(block.number), f"{block.epochs[0]} - {block.epochs[1]}", steps, rates)
+    console.print(table)
+    costs = [f"data {plan.data_key}" + ("" if plan.prepared else " (not prepared yet)")]
+    if plan.train_tokens is not None:
+        costs.append(f"{plan.train_tokens:,} tokens")
+    if plan.num_parameters is not None:
+        costs.append(f"{plan.num_parameters / 1e6:,.1f} M parameters")
+    if plan.checkpoint_bytes is not None:
+        costs.append(f"{plan.checkpoint_bytes / 2**30:,.2f} GiB of checkpoints")
+    if plan.max_gpu_hours is not None:
+        costs.append(f"at most {plan.max_gpu_hours:,.1f} GPU-hours")
+    console.print("; ".join(costs), highlight=False)
+
+
+def print_json(value: Any) -> None:
+    print(orjson.dumps(value, default=str, option=orjson.OPT_INDENT_2).decode())
+
+
+VERBS = {
+    "run": run_command,
+    "check": check_command,
+    "plan": plan_command,
+    "prepare": prepare_command,
+    "check-dataset": check_dataset_command,
+    "status": status_command,
+    "logs": logs_command,
+    "datasets": datasets_command,
+    "help": help_command,
+}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,237 @@
+"""What runs inside a job: prepare the data, train one block, or evaluate; and what its exit code tells the chain."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import cast, get_args
+
+from jobs.chain import JobKind
+from jobs.config import RunConfig, read_resolved_config
+from jobs.preflight import preparation_request
+from jobs.snapshot import in_snapshot, read_manifest
+from mixture.dataset_modules import ModuleFile
+from mixture.prepare import PreparedData, prepare, prepared_folder
+from training.checkpoints import NoValidCheckpointError, newest_valid
+from training.run import FinetuningRun
+from training.run_folder import RunFolder, write_atomically
+
+
+class ExitCode(IntEnum):
+    """What a job's exit status tells the chain; anything else is a crash, which the next block makes good."""
+
+    DONE = 0
+    BAD_INPUT = 64
+    LOSS_NOT_FINITE = 65
+    STOPPED_EARLY = 75
+    NO_VALID_CHECKPOINT = 76
+
+    @property
+    def halts(self) -> bool:
+        """Whether another try would end the same way."""
+        return self in (ExitCode.BAD_INPUT, ExitCode.LOSS_NOT_FINITE, ExitCode.NO_VALID_CHECKPOINT)
+
+
+CRASHED = 1
+MAX_CRASHES_WITHOUT_PROGRESS = 2
+
+
+@dataclass(frozen=True)
+class ChainStep:
+    """The callable that submitit pickles; it holds names only, so the snapshot's code is what runs."""
+
+    kind: JobKind
+    folder: str
+
+    def __call__(self) -> None:
+        """Run the job and leave with its exit code."""
+        code = run_job(self.kind, RunFolder(Path(self.folder)))
+        if code:
+            sys.exit(code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobContext:
+    """A run as its jobs see it: the stored settings, with code and model files taken from the snapshot."""
+
+    run: RunFolder
+    config: RunConfig
+    module: ModuleFile
+    prepared: Path
+    world_size: int
+
+
+def run_job(kind: JobKind, run: RunFolder) -> int:
+    """Do one job of the chain and record how it went; returns its exit code."""
+    started = time.time()
+    if is_first_process():
+        run.record_event("job_start", kind=kind, pid=os.getpid())
+    try:
+        code = enter(kind, run)
+    except Exception as error:
+        code = exit_code_of(error)
+        report_failure(run, kind, code, error)
+    if is_first_process():
+        step = None if kind == "prepare" else newest_step(run)
+        run.record_event("job_end", kind=kind, exit_code=int(code), seconds=round(time.time() - started, 1), step=step)
+    return int(code)
+
+
+def enter(kind: JobKind, run: RunFolder) -> int:
+    if run.halt.exists():
+        print(f"error: the chain was halted: {run.halt.read_text().strip()}", file=sys.stderr)
+        return ExitCode.BAD_INPUT
+    if run.stop.exists():
+        print("the chain was stopped on request; nothing to do")
+        return ExitCode.STOPPED_EARLY
+    if kind == "block" and crashed_without_progress(run):
+        raise ValueError(f"{MAX_CRASHES_WITHOUT_PROGRESS} blocks in a row crashed without a new checkpoint; see logs/")
+    context = open_run(run)
+    os.chdir(working_folder(run))
+    match kind:
+        case "prepare":
+            return prepare_data(context)
+        case "block":
+            return train_block(context)
+        case "evaluate":
+            return evaluate_run(context)
+
+
+def open_run(run: RunFolder) -> JobContext:
+    """The run's stored settings, pointed at its snapshot."""
+    config = read_resolved_config(run.config)
+    manifest = read_manifest(run.manifest)
+    path, function = Path(manifest["module"]["path"]), manifest["module"]["function"]
+    model = replace(
+        config.model,
+        name=snapshot_name(config.model.name, run.code),
+        tokenizer=snapshot_name(config.model.tokenizer, run.code) if config.model.tokenizer else None,
+    )
+    return JobContext(
+        run=run,
+        config=replace(config, model=model),
+        module=ModuleFile(path, function),
+        prepared=prepared_folder(config.data_folder, manifest["data_key"]),
+        world_size=manifest["world_size"],
+    )
+
+
+def snapshot_name(name: str, code: Path) -> str:
+    """A model folder of the project as the snapshot holds it; hub ids and other folders stay as they are."""
+    return str(in_snapshot(Path(name), code)) if Path(name).is_absolute() else name
+
+
+def working_folder(run: RunFolder) -> Path:
+    """The folder the user submitted from, where relative paths in dataset modules start."""
+    folder = Path(read_manifest(run.manifest)["working_folder"])
+    return folder if folder.is_dir() else run.code
+
+
+def prepare_data(context: JobContext) -> int:
+    """Prepare the data, unless another run has done so already."""
+    request = preparation_request(context.config, context.module)
+    prepare(request, context.config.data_folder, lambda line: print(line, flush=True))
+    return ExitCode.DONE
+
+
+def train_block(context: JobContext) -> int:
+    """Train from the newest checkpoint to the next boundary."""
+    import finetuning  # torch and transformers: seconds, and only blocks need them
+
+    result = finetuning.train(finetuning_run(context))
+    if is_first_process():
+        print(f"block ends at step {result.step} of {result.horizon_steps}", flush=True)
+    return ExitCode.DONE
+
+
+def evaluate_run(context: JobContext) -> int:
+    """Score the trained model, and mark the run as done."""
+    import finetuning
+
+    if not training_finished(context.run):
+        print("error: training has not reached its end; run the file again to go on", file=sys.stderr)
+        return ExitCode.STOPPED_EARLY
+    finetuning.evaluate(finetuning_run(context))
+    write_atomically(context.run.done, time.strftime("%Y-%m-%dT%H:%M:%S%z\n").encode())
+    context.run.record_event("done")
+    return ExitCode.DONE
+
+
+def finetuning_run(context: JobContext) -> FinetuningRun:
+    if PreparedData.open(context.prepared) is None:
+        raise ValueError(f"the data in {context.prepared} is not prepared: the prepare job did not finish, see logs/")
+    config = context.config
+    return FinetuningRun(
+        folder=context.run,
+        prepared=context.prepared,
+        module=context.module,
+        seed=config.seed,
+        dataset=config.dataset,
+        model=config.model,
+        training=config.training,
+        finetuning=config.finetuning,
+        evaluation=config.evaluation,
+    )
+
+
+def training_finished(run: RunFolder) -> bool:
+    """Whether the newest valid checkpoint is the end of the horizon."""
+    checkpoint, _ = newest_valid(run.checkpoints)
+    return checkpoint is not None and checkpoint.step >= checkpoint.terms.horizon_steps
+
+
+def newest_step(run: RunFolder) -> int:
+    """Optimizer steps that a resumed block would not have to repeat."""
+    try:
+        checkpoint, _ = newest_valid(run.checkpoints)
+    except NoValidCheckpointError:
+        return 0
+    return checkpoint.step if checkpoint else 0
+
+
+def crashed_without_progress(run: RunFolder) -> bool:
+    """Whether the last blocks all crashed at the same step, so that one more would too."""
+    ends = [event for event in run.events() if event["event"] == "job_end" and event["kind"] == "block"]
+    last = ends[-MAX_CRASHES_WITHOUT_PROGRESS:]
+    crashed = [event for event in last if event["exit_code"] not in (ExitCode.DONE, ExitCode.STOPPED_EARLY)]
+    return len(crashed) == MAX_CRASHES_WITHOUT_PROGRESS and len({event["step"] for event in crashed}) == 1
+
+
+def exit_code_of(error: Exception) -> int:
+    if isinstance(error, NoValidCheckpointError):
+        return ExitCode.NO_VALID_CHECKPOINT
+    if type(error).__name__ == "NonFiniteLossError":  # its module imports torch, which a prepare job never does
+        return ExitCode.LOSS_NOT_FINITE
+    return ExitCode.BAD_INPUT if isinstance(error, ValueError) else CRASHED
+
+
+def report_failure(run: RunFolder, kind: JobKind, code: int, error: Exception) -> None:
+    """Details into the log, one line for the user at its end; a HALT file where a retry cannot help."""
+    traceback.print_exc()
+    reason = f"{kind}: {str(error).strip() or type(error).__name__}"
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    if is_first_process():
+        run.record_event("error", kind=kind, exit_code=int(code), message=reason)
+        if code in set(ExitCode) and ExitCode(code).halts:
+            write_atomically(run.halt, f"{reason}\n".encode())
+
+
+def is_first_process() -> bool:
+    """Whether this is the process of its job that writes to the run folder."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m jobs.job KIND RUN_FOLDER`: a job of a chain that runs here."""
+    kind, folder = arguments
+    assert kind in get_args(JobKind), kind
+    return run_job(cast(JobKind, kind), RunFolder(Path(folder)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

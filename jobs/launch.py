@@ -1,0 +1,149 @@
+"""Starting a run, or going on with it: make the run folder once, then submit the chain or run it here."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from jobs.chain import ChainJob, JobKind, Journal, jobs_needed
+from jobs.config import PROJECT, changed_keys, resolved_values
+from jobs.config_file import ConfigError, Problem, read_config_file
+from jobs.local import run_chain_here, sole_owner
+from jobs.plan import Plan
+from jobs.preflight import CheckedRun
+from jobs.slurm import QueuedJob, live_jobs, submit_chain
+from jobs.snapshot import describe_environment, in_snapshot, read_manifest, snapshot_code, write_manifest
+from mixture.prepare import PreparedData, prepared_folder
+from training.checkpoints import newest_valid
+from training.run_folder import RunFolder, write_atomically
+
+CHANGEABLE = ("slurm.partition", "slurm.time", "slurm.cpus_per_task", "slurm.mem", "slurm.account", "slurm.qos",
+              "slurm.constraint", "slurm.gpu_id", "slurm.setup", "slurm.extra", "cluster")  # fmt: skip
+"""Settings that a run may change on the way: they ask for other machines and leave the training as it is."""
+
+
+def open_run_folder(checked: CheckedRun, data_key: str, report: Callable[[str], None]) -> RunFolder:
+    """The run's folder, made on the first call and compared on later ones.
+
+    Raises:
+        ConfigError: a run of that name has other settings or other data.
+    """
+    run = RunFolder(checked.config.folder)
+    if run.manifest.exists():
+        compare_with_stored(run, checked, data_key)
+    else:
+        create_run_folder(run, checked, data_key, report)
+    return run
+
+
+def create_run_folder(run: RunFolder, checked: CheckedRun, data_key: str, report: Callable[[str], None]) -> None:
+    """Snapshot code and settings; the manifest goes last, so an interrupted call is repeated in full."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(run.code, ignore_errors=True)
+    too_large = snapshot_code(run.code, checked.module.path)
+    if too_large:
+        report(f"left out of the code snapshot for their size: {', '.join(too_large)}")
+    store_config(run, checked)
+    facts = {
+        **describe_environment(),
+        "data_key": data_key,
+        "module": {
+            "path": str(in_snapshot(checked.module.path, run.code)),
+            "function": checked.module.function,
+        },
+        "world_size": checked.world_size,
+        "working_folder": str(Path.cwd()),
+        "project": str(PROJECT),
+    }
+    write_manifest(run.manifest, facts)
+
+
+def store_config(run: RunFolder, checked: CheckedRun) -> None:
+    text = yaml.safe_dump(resolved_values(checked.config), sort_keys=False, allow_unicode=True)
+    header = f"# All settings of run {checked.config.name}, defaults included; written by train.sh.\n"
+    write_atomically(run.config, (header + text).encode())
+
+
+def compare_with_stored(run: RunFolder, checked: CheckedRun, data_key: str) -> None:
+    """Refuse another training under the same name; take over settings that only ask for other machines."""
+    changes = changed_keys(read_config_file(run.config).values, resolved_values(checked.config))
+    refused = [change for change in changes if not change[0].startswith(CHANGEABLE)]
+    manifest = read_manifest(run.manifest)
+    if not refused and manifest["data_key"] != data_key:
+        refused.append(("the data (module, data files or tokenizer)", manifest["data_key"], data_key))
+    if not refused and manifest["world_size"] != checked.world_size:
+        refused.append(("the number of processes", manifest["world_size"], checked.world_size))
+    if refused:
+        described = ", ".join(f"{key}: {before!r} -> {after!r}" for key, before, after in refused)
+        advice = "start another run with --name, or undo the change"
+        raise ConfigError([Problem(f"run {run.path.name}", f"has other settings already ({described}); {advice}")])
+    if changes:
+        store_config(run, checked)
+
+
+def remaining_jobs(run: RunFolder, checked: CheckedRun, plan: Plan) -> list[JobKind]:
+    """The jobs that finish the run from where it stands."""
+    prepared = PreparedData.open(prepared_folder(checked.config.data_folder, plan.data_key))
+    checkpoint, _ = newest_valid(run.checkpoints)
+    blocks_left = checked.config.training.total_jobs
+    if checkpoint is not None:
+        blocks_done = checkpoint.step * blocks_left // checkpoint.terms.horizon_steps
+        blocks_left -= blocks_done
+    return jobs_needed(prepared=prepared is not None, blocks_left=blocks_left, evaluated=run.done.exists())
+
+
+def submit(run: RunFolder, checked: CheckedRun, plan: Plan, report: Callable[[str], None]) -> list[ChainJob]:
+    """Submit what is missing of the chain; returns its queued jobs.
+
+    Raises:
+        SubmissionError: Slurm refused a job or does not answer.
+        AlreadyRunningError: another command submits this run right now.
+    """
+    with sole_owner(run):
+        return submit_chain(
+            run,
+            run_name=checked.config.name,
+            slurm=checked.config.slurm,
+            needed=remaining_jobs(run, checked, plan),
+            report=report,
+        )
+
+
+def train_here(run: RunFolder, checked: CheckedRun, plan: Plan, watch: Callable[[Callable[[], bool]], None]) -> int:
+    """Run what is missing of the chain on this machine; returns the exit code of its last job.
+
+    Raises:
+        AlreadyRunningError: another command trains this run right now.
+    """
+    with sole_owner(run):
+        return run_chain_here(
+            run,
+            remaining_jobs(run, checked, plan),
+            num_processes=checked.world_size,
+            gpu_id=checked.config.slurm.gpu_id,
+            watch=watch,
+        )
+
+
+def clear_halt(run: RunFolder, report: Callable[[str], None]) -> None:
+    """Running a file again is the user's word that what halted the chain is mended."""
+    for file in (run.halt, run.stop):
+        if file.exists():
+            report(f"going on after {file.name}: {file.read_text().strip()}")
+            file.unlink()
+
+
+def runs_in(folder: Path) -> list[RunFolder]:
+    """Every run in a folder of runs, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [RunFolder(path) for path in folder.iterdir() if (path / "manifest.json").is_file()]
+    return sorted(found, key=lambda run: run.manifest.stat().st_mtime, reverse=True)
+
+
+def queued_jobs(run: RunFolder) -> list[QueuedJob]:
+    """The run's jobs that Slurm holds or runs."""
+    return live_jobs(Journal.open(run)) if run.chain.exists() else []

@@ -1,0 +1,112 @@
+"""Running the chain on this machine: the same jobs, one after another, as child processes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from jobs.chain import JobKind
+from jobs.job import ExitCode, newest_step
+from training.run_folder import RunFolder
+
+
+class AlreadyRunningError(RuntimeError):
+    """Another process works on this run."""
+
+
+@contextmanager
+def sole_owner(run: RunFolder) -> Iterator[None]:
+    """Hold the run folder's lock, so that two commands never submit or train the same run at once.
+
+    Raises:
+        AlreadyRunningError: names the process that holds it.
+    """
+    with (run.path / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise AlreadyRunningError(f"run {run.path.name} is being worked on by {lock.read().strip()}") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        lock.flush()
+        yield
+
+
+def run_chain_here(
+    run: RunFolder,
+    jobs: list[JobKind],
+    *,
+    num_processes: int,
+    gpu_id: int | str | None,
+    watch: Callable[[Callable[[], bool]], None],
+) -> int:
+    """Run the jobs in order; returns the exit code of the first that failed for good, else 0.
+
+    A block that crashed is run again as long as each try gets further. `watch` shows progress until its argument
+    says that the job has ended.
+    """
+    for kind in jobs:
+        code = run_job_here(run, kind, num_processes, gpu_id, watch)
+        while kind == "block" and code not in set(ExitCode) and (before := newest_step(run)) > 0:
+            code = run_job_here(run, kind, num_processes, gpu_id, watch)
+            if newest_step(run) == before:
+                break
+        if code != ExitCode.DONE:
+            return code
+    return ExitCode.DONE
+
+
+def run_job_here(
+    run: RunFolder,
+    kind: JobKind,
+    num_processes: int,
+    gpu_id: int | str | None,
+    watch: Callable[[Callable[[], bool]], None],
+) -> int:
+    """Run one job as one process per GPU, its output in logs/; returns its exit code."""
+    run.logs.mkdir(parents=True, exist_ok=True)
+    world_size = num_processes if kind == "block" else 1
+    log = run.logs / f"{kind}-{len(list(run.logs.glob(f'{kind}-*.log'))) + 1}.log"
+    processes = [start_process(run, kind, rank, world_size, gpu_id, log) for rank in range(world_size)]
+    try:
+        watch(lambda: any(process.poll() is not None for process in processes))
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
+    finally:
+        codes = wait_for_all(processes)
+    return next((code for code in codes if code), 0)
+
+
+def start_process(
+    run: RunFolder, kind: JobKind, rank: int, world_size: int, gpu_id: int | str | None, log: Path
+) -> subprocess.Popen[bytes]:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(run.code), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+    }
+    if gpu_id is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu_id)
+    command = [sys.executable, "-u", "-m", "jobs.job", kind, str(run.path)]
+    with log.open("ab") as output:
+        return subprocess.Popen(command, cwd=run.code, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def wait_for_all(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Exit codes of all processes; when one fails the others, which may wait for it for ever, are ended."""
+    while any(process.poll() is None for process in processes):
+        if any(process.returncode for process in processes):
+            for process in processes:
+                process.terminate()
+        time.sleep(0.05)
+    return [process.wait() for process in processes]

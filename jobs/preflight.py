@@ -1,0 +1,279 @@
+"""What can be known to be wrong before anything is queued, downloaded or trained: files, model, cluster, folders."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jobs.config import PROJECT, RunConfig, read_tree, run_config
+from jobs.config_file import ConfigError, Problem
+from mixture.config import DatasetConfig
+from mixture.dataset_modules import ModuleFile, check_module, resolve_module
+from mixture.prepare import PreparationRequest
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedRun:
+    """A run whose settings hold together and whose files exist; every path in it is absolute."""
+
+    config: RunConfig
+    module: ModuleFile
+    cluster: Literal["slurm", "local"]
+    world_size: int
+    notes: list[str]
+    """What the user should know although nothing is wrong."""
+
+    @property
+    def preparation(self) -> PreparationRequest:
+        """What the prepare step is asked for."""
+        return preparation_request(self.config, self.module)
+
+
+def preparation_request(config: RunConfig, module: ModuleFile) -> PreparationRequest:
+    """The part of the settings that shapes the data."""
+    return PreparationRequest(
+        dataset=config.dataset,
+        module=module,
+        tokenizer=config.model.tokenizer or config.model.name,
+        revision=config.model.revision if config.model.tokenizer is None else None,
+        trust_remote_code=config.model.trust_remote_code,
+        objective=config.finetuning.objective,
+        seed=config.seed,
+    )
+
+
+def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
+    """The run that `file` describes, checked against this machine.
+
+    Raises:
+        ConfigError: everything that is wrong, one line each.
+    """
+    tree = read_tree(file, overrides)
+    config = run_config(tree)
+    problems: list[Problem] = []
+    notes: list[str] = []
+    folder = file.resolve().parent
+
+    def collect(key: str, check: Any, *arguments: Any) -> Any:
+        try:
+            return check(*arguments)
+        except ValueError as error:
+            message = " ".join(line.strip() for line in str(error).splitlines())
+            message = message if message.startswith(key) else f"{key}: {message}"
+            problems.append(Problem(tree.place(tuple(key.split("."))), message))
+            return None
+
+    cluster = collect("cluster", choose_cluster, config.cluster)
+    module = collect("dataset.file" if config.dataset.file else "dataset.name", find_module, config.dataset, folder)
+    data_files = collect("dataset.data_files", absolute_data_files, config.dataset.data_files, folder)
+    name = collect("model.name", find_model, config.model.name, config.model.revision, folder)
+    tokenizer = config.model.tokenizer
+    if tokenizer is not None:
+        tokenizer = collect("model.tokenizer", find_model, tokenizer, None, folder, "tokenizer_config.json")
+    collect("model.peft_method", check_adapter_packages, config.model.peft, config.model.peft_method)
+    checkpoint_dir = collect("model.checkpoint_dir", absolute_checkpoint_dir, config.model.checkpoint_dir)
+    collect("runs_dir", check_writable, config.folder.parent)
+    collect("data_dir", check_writable, config.data_folder)
+    if cluster == "slurm":
+        collect("slurm", check_partition, config.slurm.partition, config.slurm.time_limit_minutes)
+    if module is not None:
+        for key in unread_module_keys(config.dataset, module):
+            message = f"dataset.{key}: nothing in {module.path} reads this key; correct or remove it"
+            problems.append(Problem(tree.place(("dataset", key)), message))
+    if problems:
+        raise ConfigError(problems)
+
+    config = replace(
+        config,
+        runs_dir=str(config.folder.parent),
+        data_dir=str(config.data_folder),
+        dataset=replace(config.dataset, file=f"{module.path}:{module.function}", data_files=data_files),
+        model=replace(config.model, name=name, tokenizer=tokenizer, checkpoint_dir=checkpoint_dir),
+    )
+    world_size = config.slurm.world_size if cluster == "slurm" else local_world_size(config, notes)
+    return CheckedRun(config=config, module=module, cluster=cluster, world_size=world_size, notes=notes)
+
+
+def choose_cluster(wanted: str) -> Literal["slurm", "local"]:
+    """Where the chain runs.
+
+    Raises:
+        ValueError: Slurm is asked for and not there.
+    """
+    has_slurm = shutil.which("sbatch") is not None
+    if wanted == "slurm" and not has_slurm:
+        raise ValueError("slurm needs sbatch on the PATH, and there is none; use `cluster: local` to train here")
+    return "slurm" if wanted == "slurm" or (wanted == "auto" and has_slurm) else "local"
+
+
+def find_module(dataset: DatasetConfig, config_folder: Path) -> ModuleFile:
+    """The dataset module, found and read but not run.
+
+    Raises:
+        ValueError: no such file, a syntax error, or no such function.
+    """
+    module = resolve_module(dataset, config_folder=config_folder, project=PROJECT)
+    check_module(module)
+    return module
+
+
+def unread_module_keys(dataset: DatasetConfig, module: ModuleFile) -> list[str]:
+    """Keys of `dataset:` that neither the kit nor the module's text knows: most likely typing mistakes."""
+    text = module.path.read_text(encoding="utf-8")
+    if "asdict" in text:
+        return []
+    return [key for key in dataset.module_keys if not re.search(rf"\b{re.escape(key)}\b", text)]
+
+
+def absolute_data_files(data_files: Any, config_folder: Path) -> Any:
+    """`dataset.data_files` with every path absolute, in the shape it was given.
+
+    Raises:
+        ValueError: a file does not exist.
+    """
+    match data_files:
+        case None:
+            return None
+        case dict():
+            return {split: absolute_data_files(files, config_folder) for split, files in data_files.items()}
+        case list():
+            return [absolute_data_files(file, config_folder) for file in data_files]
+        case _:
+            return str(find_path(Path(data_files).expanduser(), config_folder))
+
+
+def find_path(path: Path, config_folder: Path) -> Path:
+    candidates = [folder / path for folder in dict.fromkeys((Path.cwd(), config_folder, PROJECT))]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate.resolve()
+    raise ValueError(f"no file {path}; tried {', '.join(map(str, dict.fromkeys(candidates)))}")
+
+
+def find_model(name: str, revision: str | None, config_folder: Path, needed_file: str = "config.json") -> str:
+    """The model's folder as an absolute path, or its hub id once the hub or the local cache knows it.
+
+    Raises:
+        ValueError: neither a folder with `needed_file` nor a known hub id.
+    """
+    for folder in dict.fromkeys((Path.cwd(), config_folder, PROJECT)):
+        candidate = folder / Path(name).expanduser()
+        if candidate.is_dir():
+            if not (candidate / needed_file).is_file():
+                raise ValueError(f"the folder {candidate} has no {needed_file}")
+            return str(candidate.resolve())
+    if not HUB_ID.fullmatch(name):
+        raise ValueError(f"no folder {name}, and it cannot be a hub id (organisation/model) either")
+    check_hub_model(name, revision, needed_file)
+    return name
+
+
+def check_hub_model(name: str, revision: str | None, needed_file: str) -> None:
+    """Raise ValueError unless the local cache or the hub has the model; asks the hub once, without downloading."""
+    from httpx2 import HTTPError
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(try_to_load_from_cache(name, needed_file, revision=revision), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, needed_file, revision=revision))
+    except GatedRepoError:
+        raise ValueError(f"{name} is gated: accept its terms on the hub and set HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise ValueError(f"{name} has no revision {revision} on the hub") from None
+    except RepositoryNotFoundError:
+        raise ValueError(
+            f"no folder {name}, and the hub has no model of that id (private ones need HF_TOKEN)"
+        ) from None
+    except EntryNotFoundError:
+        raise ValueError(f"{name} on the hub has no {needed_file}, so it is no transformers model") from None
+    except (HTTPError, OSError) as error:
+        raise ValueError(
+            f"no folder {name}, it is not in the local cache, and the hub does not answer: {error}"
+        ) from None
+
+
+def check_adapter_packages(peft: bool, method: str) -> None:
+    """Raise ValueError where the adapter needs a package that is not installed."""
+    if peft and method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("qlora needs the package bitsandbytes in .venv; install it, or use lora")
+
+
+def absolute_checkpoint_dir(checkpoint_dir: str | None) -> str | None:
+    if checkpoint_dir is None:
+        return None
+    path = PROJECT / Path(checkpoint_dir).expanduser()
+    check_writable(path.parent)
+    return str(path)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError unless `folder`, or the nearest folder above it that exists, can be written to."""
+    nearest = folder
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise ValueError(f"{folder} cannot be made: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"no permission to write in {nearest}; name another folder")
+
+
+def check_partition(partition: str | None, limit_minutes: int | None) -> None:
+    """Raise ValueError where the partition does not exist or has a shorter limit. A silent controller passes."""
+    answer = subprocess.run(["sinfo", "-h", "-o", "%R|%l"], capture_output=True, text=True, timeout=60)
+    if answer.returncode != 0:
+        return  # submission will wait for the controller, and name it if it stays away
+    limits = dict(line.split("|") for line in answer.stdout.split())
+    if partition is None:
+        return
+    for name in partition.split(","):
+        if name not in limits:
+            raise ValueError(f"slurm.partition {name} does not exist; there are {', '.join(sorted(limits))}")
+        longest = partition_minutes(limits[name])
+        if limit_minutes is not None and longest is not None and limit_minutes > longest:
+            raise ValueError(
+                f"slurm.time is {limit_minutes} min, and {name} allows {longest} min (its jobs never start)"
+            )
+
+
+def partition_minutes(text: str) -> int | None:
+    """sinfo's time limit in minutes; None where there is no limit."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if not match:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return (days * 24 + hours) * 60 + minutes + (seconds > 0)
+
+
+def local_world_size(config: RunConfig, notes: list[str]) -> int:
+    """Processes for a chain that runs here: one per visible GPU, up to the number asked for."""
+    processes = max(1, min(config.slurm.tasks_per_node, visible_gpus()))
+    if processes < config.slurm.world_size:
+        notes.append(
+            f"here {processes} process{'es' if processes > 1 else ''} train instead of {config.slurm.world_size} "
+            "on the cluster, so one optimizer step sees fewer rows"
+        )
+    return processes
+
+
+def visible_gpus() -> int:
+    """NVIDIA devices of this machine, counted without starting CUDA."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return len([device for device in chosen.split(",") if device.strip() not in ("", "-1")])
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
