@@ -31,6 +31,7 @@ FORMAT_VERSION = 1
 MARKER = "PREPARED"
 SAMPLES_PER_BATCH = 512
 SCORED_ROWS = 1000
+REPORT_EVERY_SECONDS = 30
 STALE_AFTER_SECONDS = 24 * 3600
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".py")
 
@@ -151,7 +152,12 @@ def tokenizer_identity(request: PreparationRequest) -> Any:
     folder = Path(request.tokenizer).expanduser()
     if not folder.is_dir():
         return [request.tokenizer, request.revision]
-    files = sorted(file for file in folder.rglob("*") if file.suffix in TOKENIZER_SUFFIXES and file.is_file())
+    files = sorted(
+        file
+        for pattern in ("*", "additional_chat_templates/*")
+        for file in folder.glob(pattern)
+        if file.suffix in TOKENIZER_SUFFIXES and not file.name.endswith(".index.json")
+    )
     return {str(file.relative_to(folder)): file_digest(file) for file in files}
 
 
@@ -228,13 +234,11 @@ def write_prepared(request: PreparationRequest, folder: Path, report: Report) ->
     fingerprint = xxhash.xxh3_128()
     for name, split in (("train", request.dataset.train_split), ("test", request.dataset.test_split)):
         rows = load_rows(request.module, request.dataset, split, tokenizer, report if name == "train" else None)
-        writer = SplitWriter(request, folder, name, tokenizer, keep_raw_rows=name == "test" and has_score)
+        writer = SplitWriter(request, folder, name, tokenizer, report, keep_raw_rows=name == "test" and has_score)
         splits[name] = writer.write(rows)
         fingerprint.update(writer.digest)
         for line in summary(name, splits[name], request.dataset):
             report(line)
-        for note in writer.notes:
-            report(f"{name}: {note}")
     stats = {
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint.hexdigest(),
@@ -252,9 +256,12 @@ def load_tokenizer(request: PreparationRequest) -> Any:
     """The tokenizer of a request; ValueError where there is none under that name."""
     from transformers import AutoTokenizer
 
+    folder = Path(request.tokenizer).expanduser()
     try:
         return AutoTokenizer.from_pretrained(
-            request.tokenizer, revision=request.revision, trust_remote_code=request.trust_remote_code
+            str(folder) if folder.is_dir() else request.tokenizer,
+            revision=request.revision,
+            trust_remote_code=request.trust_remote_code,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model.tokenizer: cannot load a tokenizer from {request.tokenizer!r}: {error}") from error
@@ -264,13 +271,20 @@ class SplitWriter:
     """Writes one split: canonical JSONL, token shards, packs, and raw test rows for scoring."""
 
     def __init__(
-        self, request: PreparationRequest, folder: Path, name: str, tokenizer: Any, *, keep_raw_rows: bool
+        self,
+        request: PreparationRequest,
+        folder: Path,
+        name: str,
+        tokenizer: Any,
+        report: Report,
+        *,
+        keep_raw_rows: bool,
     ) -> None:
         self.request = request
         self.folder = folder
         self.name = name
+        self.report = report
         self.keep_raw_rows = keep_raw_rows
-        self.notes: list[str] = []
         self.digest = b""
         self.formats: Counter[str] = Counter()
         self.raw_rows: list[bytes] = []
@@ -318,7 +332,11 @@ class SplitWriter:
     def samples(self, rows: Iterable[dict[str, Any]]) -> Iterator[Sample]:
         """Canonical samples of the rows."""
         source = self.request.dataset.name or self.request.module.path.stem
+        told = time.monotonic()
         for index, row in enumerate(rows):
+            if time.monotonic() - told > REPORT_EVERY_SECONDS:
+                told = time.monotonic()
+                self.report(f"{self.name}: {index} rows read")
             try:
                 self.formats[detect_format(row).name] += 1
                 sample = canonical_sample(row, source=source, row_id=f"{source}-{self.name}-{index}")
@@ -342,7 +360,7 @@ class SplitWriter:
     def give_up_scoring(self, reason: str) -> None:
         self.keep_raw_rows = False
         self.raw_rows = []
-        self.notes.append(f"answers will not be generated and scored: {reason}")
+        self.report(f"{self.name}: answers will not be generated and scored: {reason}")
 
     def write_raw_rows(self) -> None:
         """Write test_rows.jsonl, if rows were kept."""
