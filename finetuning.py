@@ -31,7 +31,7 @@ def train(run: FinetuningRun) -> BlockResult:
     """Train one block: from the newest valid checkpoint to the next boundary. Nothing left to do: returns at once."""
     ranks = Ranks.of_environment()
     prepared = open_prepared(run)
-    horizon = Horizon.of(run.training, num_rows=prepared.splits["train"].packs, world_size=ranks.world_size)
+    horizon = Horizon.of(run.training, num_rows=num_train_rows(prepared), world_size=ranks.world_size)
     start, rejected = newest_valid(run.folder.checkpoints)
     if start and start.step >= horizon.total_steps and is_exported(export_folder(run), step=start.step):
         return BlockResult(step=start.step, horizon_steps=horizon.total_steps, finished=True)
@@ -59,6 +59,12 @@ def open_prepared(run: FinetuningRun) -> PreparedData:
     return prepared
 
 
+def num_train_rows(prepared: PreparedData) -> int:
+    train = prepared.splits["train"]
+    assert train is not None, "preparation fails where the train split has no rows"
+    return train.packs
+
+
 def build_trainer(
     run: FinetuningRun, prepared: PreparedData, horizon: Horizon, ranks: Ranks, start: Checkpoint | None
 ) -> BlockTrainer:
@@ -69,11 +75,12 @@ def build_trainer(
     terms = ResumeTerms(
         fingerprint=prepared.fingerprint,
         objective=run.finetuning.objective,
-        parameters=parameters_hash(model),
+        parameters=parameters_hash(model, run.model),
         batch_size=run.training.batch_size,
         gradient_accumulation=run.training.gradient_accumulation,
         world_size=ranks.world_size,
         horizon_steps=horizon.total_steps,
+        optimization=run.training.optimization,
     )
     if start:
         refuse_changed_terms(start, terms)
@@ -174,18 +181,29 @@ def evaluate(run: FinetuningRun) -> dict[str, Any]:
         raise NoValidCheckpointError(f"{run.folder.checkpoints} holds no checkpoint to evaluate")
     model = build_model(run, checkpoint).to(device_of(ranks))
     batch_size = run.evaluation.batch_size or run.training.batch_size
-    how = {"batch_size": batch_size, "precision": precision(run.model), "ranks": ranks}
-    loss = held_out_loss(model, build_data(run, "test"), compute_loss, **how) if prepared.splits.get("test") else None
+    loss = None
+    if prepared.splits.get("test"):
+        loss = held_out_loss(
+            model,
+            build_data(run, "test"),
+            compute_loss,
+            batch_size=batch_size,
+            precision=precision(run.model),
+            ranks=ranks,
+        )
     generated = None
-    score = score_function(run.module) if prepared.has_score and run.evaluation.limit else None
+    # Preparation keeps the questions of the test split where the module scores answers and its rows hold questions.
+    questions_file = prepared.folder / "test_rows.jsonl"
+    score = score_function(run.module) if run.evaluation.limit and questions_file.exists() else None
     if score:
         generated = generation_score(
-            model,
+            model.to(precision(run.model)),
             load_tokenizer(run.model),
-            prepared.folder / "test_rows.jsonl",
+            questions_file,
             score,
             config=run.evaluation,
-            **how,
+            batch_size=batch_size,
+            ranks=ranks,
         )
     result = as_json(loss, generated, step=checkpoint.step, epoch=checkpoint.epoch)
     if ranks.is_main:

@@ -34,21 +34,24 @@ class ResumeTerms:
 
     objective: str
     parameters: str
-    """Of the names and shapes of the trainable parameters."""
+    """Of the names and shapes of the trainable parameters, and of the adapter's settings."""
 
     batch_size: int
     gradient_accumulation: int
     world_size: int
     horizon_steps: int
+    optimization: str
+    """Learning rate, its schedule and the weight decay, in words."""
 
 
 REMEDY = {
     "fingerprint": "the prepared data changed; restore the dataset settings and files that the chain began with",
     "objective": "restore finetuning.objective",
-    "parameters": "the trainable parameters changed; restore model.name, model.peft, model.peft_method and model.lora",
+    "parameters": "what is trained changed; restore model.name, model.peft, model.peft_method and model.lora",
     "batch_size": "restore training.batch_size",
     "gradient_accumulation": "restore training.gradient_accumulation",
     "world_size": "ask for as many GPUs as the chain began with (slurm.nodes x slurm.gpus_per_node)",
+    "optimization": "restore training.lr, training.lr_scheduler, training.warmup and training.weight_decay",
     "horizon_steps": "the learning rate spans the whole chain; restore training.epochs_per_job and training.total_jobs",
 }
 
@@ -161,8 +164,7 @@ def commit(temporary: Path, progress: Progress, *, keep: int) -> Checkpoint:
     """Make the written folder a checkpoint: to disk, marker last, renamed into place; then prune the oldest."""
     files = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files_under(temporary)}
     assert files, f"nothing was written to {temporary}"
-    for name in files:
-        sync(temporary / name)
+    sync_files(temporary)
     write_marker(temporary / MARKER, {**asdict(progress), "files": files})
     for folder in {path.parent for path in files_under(temporary)}:
         sync(folder)
@@ -180,6 +182,11 @@ def commit(temporary: Path, progress: Progress, *, keep: int) -> Checkpoint:
 
 def files_under(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def sync_files(folder: Path) -> None:
+    for path in files_under(folder):
+        sync(path)
 
 
 def write_marker(path: Path, marker: dict[str, Any]) -> None:

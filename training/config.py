@@ -160,6 +160,11 @@ class TrainingConfig:
             return SaveInterval(steps=number)
         return SaveInterval(seconds=number * {"s": 1, "m": 60, "min": 60, "h": 3600}[unit])
 
+    @property
+    def optimization(self) -> str:
+        """How weights are updated, in words: a checkpoint is resumed under these settings only."""
+        return f"lr {self.lr}, {self.lr_scheduler}, warmup {self.warmup}, weight decay {self.weight_decay}"
+
     def warmup_steps(self, horizon_steps: int) -> int:
         """Optimizer steps of warmup for a horizon of `horizon_steps`."""
         return round(self.warmup * horizon_steps) if self.warmup < 1 else round(self.warmup)

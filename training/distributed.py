@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from training.run_folder import write_atomically
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 
@@ -108,7 +110,7 @@ def join_ranks(folder: Path, ranks: Ranks) -> None:
 
 def publish_store(folder: Path, ranks: Ranks) -> TCPStore:
     """Rank 0's store, on a port that the kernel chose, so that two jobs on one node never collide."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     is_one_node = ranks.local_world_size == ranks.world_size
     # srun starts on the first node of a batch job, where rank 0 runs: the address that the other nodes can reach.
@@ -121,7 +123,7 @@ def publish_store(folder: Path, ranks: Ranks) -> TCPStore:
 
 def find_store(folder: Path, ranks: Ranks) -> TCPStore:
     """Rank 0's store, once rank 0 has published it. A file left by a killed launch points nowhere and is read again."""
-    from torch.distributed import DistError, TCPStore
+    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
     deadline = time.monotonic() + JOIN_TIMEOUT_S
     while time.monotonic() < deadline:
@@ -158,18 +160,28 @@ def agree_on_any(*flags: bool) -> list[bool]:
 
 def from_main(value: T) -> T:
     """Rank 0's value, on every process."""
-    from torch import distributed
+    from torch import device, distributed
 
     if not distributed.is_initialized():
         return value
     values = [value]
-    distributed.broadcast_object_list(values, src=0, device="cpu")
+    distributed.broadcast_object_list(values, src=0, device=device("cpu"))
     return values[0]
 
 
-def wait_for_all() -> None:
-    """Return once every process has come here."""
-    agree_on_any(False)
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Run a step that all processes must finish: return once all have, or raise on every one where it failed on any."""
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    (anyone_failed,) = agree_on_any(error is not None)
+    if error:
+        raise error
+    if anyone_failed:
+        raise RuntimeError("it failed on another process of the block, whose log says why")
 
 
 def sum_over_ranks(*values: float) -> list[float]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import torch
 
-from mixture.formats import canonical_sample
 from training.batches import ComputeLoss, PackedDataset, collate, even_shares
 from training.config import EvaluationConfig
 from training.distributed import Ranks, gather_on_all, sum_over_ranks
@@ -84,25 +84,24 @@ def autocast(device: torch.device, precision: torch.dtype) -> Any:
 def generation_score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    test_rows: Path,
+    questions_file: Path,
     score: Score,
     *,
     config: EvaluationConfig,
     batch_size: int,
-    precision: torch.dtype,
     ranks: Ranks,
 ) -> GenerationScore:
-    """Answer the first `evaluation.limit` rows greedily and score each answer. `test_rows` is raw rows, JSON lines."""
-    rows = list(read_rows(test_rows, limit=config.limit))
-    mine = rows[ranks.rank :: ranks.world_size]
-    prompts = [prompt_text(row, tokenizer) for row in mine]
-    answers = generate(model, tokenizer, prompts, config=config, batch_size=batch_size, precision=precision)
+    """Answer the first `evaluation.limit` questions of the test split greedily, and score each answer by its row."""
+    questions = read_questions(questions_file, limit=config.limit)
+    mine = questions[ranks.rank :: ranks.world_size]
+    prompts = [prompt_text(question, tokenizer) for question in mine]
+    answers = generate(model, tokenizer, prompts, config=config, batch_size=batch_size)
     scored = [
-        {"prompt": prompt, "prediction": answer, "score": float(score(answer, row))}
-        for row, prompt, answer in zip(mine, prompts, answers, strict=True)
+        {"prompt": prompt, "prediction": answer, "score": float(score(answer, question["row"]))}
+        for question, prompt, answer in zip(mine, prompts, answers, strict=True)
     ]
     shares = gather_on_all(scored)
-    everyone = [shares[number % len(shares)][number // len(shares)] for number in range(len(rows))]
+    everyone: list[dict[str, Any]] = [shares[row % len(shares)][row // len(shares)] for row in range(len(questions))]
     return GenerationScore(
         score=sum(answer["score"] for answer in everyone) / len(everyone),
         rows=len(everyone),
@@ -110,28 +109,15 @@ def generation_score(
     )
 
 
-def read_rows(path: Path, *, limit: int) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for _, line in zip(range(limit), file):  # noqa: B905, the limit may lie on either side
-            yield json.loads(line)
+def read_questions(path: Path, *, limit: int) -> list[dict[str, Any]]:
+    """The first lines of test_rows.jsonl: the raw row in `row`, its question in `prompt_messages` or `prompt`."""
+    with path.open("rb") as file:
+        return [orjson.loads(line) for line in islice(file, limit)]
 
 
-def prompt_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the model sees before it answers: all turns before the last answer, or the row's prompt."""
-    content = canonical_sample(row, source="", row_id="").content
-    if "messages" in content:
-        turns = list(content["messages"])
-        while turns and turns[-1]["role"] == "assistant":
-            turns.pop()
-    elif isinstance(content.get("prompt"), list):
-        turns = content["prompt"]
-    elif "prompt" in content:
-        turns = [{"role": "user", "content": content["prompt"]}]
-    else:
-        raise ValueError(
-            f"a test row with {', '.join(content)} has no question to answer; give rows with messages or a prompt, "
-            "or set evaluation.limit: 0 to skip generation"
-        )
+def prompt_text(question: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the model sees before it answers."""
+    turns = question.get("prompt_messages") or [{"role": "user", "content": question["prompt"]}]
     if tokenizer.chat_template is None:
         return "\n".join(turn["content"] for turn in turns) + "\n"
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -144,7 +130,6 @@ def generate(
     *,
     config: EvaluationConfig,
     batch_size: int,
-    precision: torch.dtype,
 ) -> list[str]:
     """Greedy continuations, in the order of the prompts, up to `max_new_tokens` or the end of the turn."""
     device = next(model.parameters()).device
@@ -162,7 +147,7 @@ def generate(
             add_special_tokens=tokenizer.chat_template is None,
             return_tensors="pt",
         ).to(device)
-        with torch.inference_mode(), autocast(device, precision):
+        with torch.inference_mode():
             tokens = model.generate(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],

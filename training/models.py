@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -164,10 +164,11 @@ def load_adapter_weights(adapted: PeftModel, checkpoint: Path) -> None:
     assert not result.unexpected_keys, result.unexpected_keys
 
 
-def parameters_hash(model: torch.nn.Module) -> str:
-    """Names and shapes of what is trained: a checkpoint of other parameters cannot be resumed."""
-    shapes = [(name, list(weight.shape)) for name, weight in model.named_parameters() if weight.requires_grad]
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+def parameters_hash(network: torch.nn.Module, model: ModelConfig) -> str:
+    """Of what is trained: names and shapes, and for an adapter its settings and the base that it belongs to."""
+    shapes = [(name, list(weight.shape)) for name, weight in network.named_parameters() if weight.requires_grad]
+    adapter = [model.name, model.revision, model.peft_method, asdict(model.lora)] if model.peft else None
+    return hashlib.sha256(json.dumps([shapes, adapter]).encode()).hexdigest()[:16]
 
 
 def export_model(

@@ -23,7 +23,7 @@ from training import checkpoints
 from training.batches import Batch, BlockSampler, ComputeLoss, PackedDataset, collate
 from training.checkpoints import Checkpoint, Progress, ResumeTerms
 from training.config import SaveInterval, TrainingConfig
-from training.distributed import Ranks, agree_on_any, from_main, wait_for_all
+from training.distributed import Ranks, agree_on_any, failing_together, from_main
 from training.run_folder import RunFolder
 from training.schedule import Horizon, learning_rate
 
@@ -37,7 +37,8 @@ def training_arguments(
 ) -> TrainingArguments:
     """What transformers.Trainer is told. Logging and saving are ours, so its own strategies are off."""
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
-    defaults = {"report_to": "tensorboard", "ddp_find_unused_parameters": False}
+    # Every parameter takes part in every forward pass, and the buffers (rotary frequencies) never change.
+    defaults = {"report_to": "tensorboard", "ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
     arguments = TrainingArguments(
         **{**defaults, **config.arguments},
         output_dir=str(folder.checkpoints),
@@ -119,6 +120,8 @@ class BlockTrainer(Trainer):
         start: Checkpoint | None,
         stop_requested: Callable[[], bool],
     ):
+        self.control: TrainerControl
+        self.lr_scheduler: LambdaLR | None
         self.loss = loss
         self.config = config
         self.horizon = horizon
@@ -128,6 +131,8 @@ class BlockTrainer(Trainer):
         self.start = start
         self.checkpoint = start
         self.uncounted_tokens = 0
+        self.logged_tokens = 0
+        self.logged_at_s: float | None = None
         start_step = start.step if start else 0
         schedule = BlockSchedule(
             block_end=horizon.block_end(start_step),
@@ -145,7 +150,6 @@ class BlockTrainer(Trainer):
         if self.ranks.is_main:
             self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
             checkpoints.sweep_unfinished(self.folder.checkpoints)
-        self.logged_at_s = time.monotonic()
         self.train(resume_from_checkpoint=str(self.start.path) if self.start else None)
         assert self.checkpoint is not None and self.checkpoint is not self.start, "a block ends with a checkpoint"
         return self.checkpoint
@@ -166,9 +170,9 @@ class BlockTrainer(Trainer):
             world_size=self.ranks.world_size,
             seed=self.args.seed,
         )
-        return BlockLoader(
+        return DataLoader(
             self.train_dataset,
-            batch_sampler=sampler,
+            batch_sampler=sampler,  # type: ignore[arg-type]  # arrays of row numbers, which are sequences of them
             collate_fn=collate,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
@@ -181,6 +185,8 @@ class BlockTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
+        if self.logged_at_s is None:
+            self.logged_tokens, self.logged_at_s = self.state.num_input_tokens_seen, time.monotonic()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.uncounted_tokens += sum(batch["input_ids"].numel() for batch in batches)
         return batches, num_items
@@ -213,6 +219,10 @@ class BlockTrainer(Trainer):
             total_steps=total_steps,
         )
 
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Not counted: transformers would walk over all parameters at every micro-batch."""
+        return 0
+
     # What is written down
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -224,19 +234,22 @@ class BlockTrainer(Trainer):
                 f"the loss is {logs['loss']} at or shortly before step {self.state.global_step}. "
                 f"The newest checkpoint is from before. Try a lower training.lr, more warmup, or model.dtype: float32."
             )
-        tokens = self.count_tokens()
+        self.count_tokens()
         now_s = time.monotonic()
+        assert self.logged_at_s is not None
+        tokens_per_s = (self.state.num_input_tokens_seen - self.logged_tokens) / (now_s - self.logged_at_s)
+        self.logged_tokens, self.logged_at_s = self.state.num_input_tokens_seen, now_s
         metrics = {
             "step": self.state.global_step,
+            "horizon_steps": self.horizon.total_steps,
             "epoch": self.state.epoch,
             "block": self.horizon.block_of(self.state.global_step - 1),
             "loss": logs["loss"],
             "lr": logs["learning_rate"],
             "grad_norm": logs.get("grad_norm"),
             "tokens": self.state.num_input_tokens_seen,
-            "tokens_per_s": tokens / (now_s - self.logged_at_s),
+            "tokens_per_s": tokens_per_s,
         }
-        self.logged_at_s = now_s
         if self.ranks.is_main:
             self.folder.record_metrics(**metrics)
             print(
@@ -248,36 +261,32 @@ class BlockTrainer(Trainer):
             self.args, self.state, self.control, dict(logs, epoch=self.state.epoch)
         )
 
-    def count_tokens(self) -> int:
+    def count_tokens(self) -> None:
         """Add the tokens since the last call, of all ranks, to those that the chain has seen."""
         tokens = torch.tensor(self.uncounted_tokens, device=self.args.device)
-        total = int(self.accelerator.reduce(tokens).item())
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens).item())
         self.uncounted_tokens = 0
-        self.state.num_input_tokens_seen += total
-        return total
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Commit a checkpoint of this step; transformers would write over the place where it is read from."""
+        """Commit a checkpoint of this step. Raises OSError where any process could not write; older ones are intact."""
         started_s = time.monotonic()
         folder = self.folder.checkpoints
         step = self.state.global_step
         temporary = from_main(checkpoints.temporary_folder(folder, step, f"{os.uname().nodename}-{os.getpid()}"))
-        if self.ranks.is_main:
-            checkpoints.require_free_disk(
-                folder, self.checkpoint.num_bytes if self.checkpoint else self.estimated_bytes()
-            )
+        self.count_tokens()
         try:
-            self.write_state(temporary)
-            wait_for_all()
-            if self.ranks.is_main:
-                self.checkpoint = checkpoints.commit(temporary, self.progress(), keep=self.config.keep_checkpoints)
+            with failing_together():
+                self.write_state(temporary)
+            with failing_together():
+                if self.ranks.is_main:
+                    self.checkpoint = checkpoints.commit(temporary, self.progress(), keep=self.config.keep_checkpoints)
         except Exception as error:
             if self.ranks.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
-            newest = self.checkpoint.path.name if self.checkpoint else "none"
+            newest = self.checkpoint.path.name if self.checkpoint else "none yet"
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {folder}: {error}\n"
-                f"Newest checkpoint, intact: {newest}. Free there: {shutil.disk_usage(folder).free / 1e9:.2f} GB."
+                f"Newest whole checkpoint: {newest}. Free on that disk: {shutil.disk_usage(folder).free / 1e9:.2f} GB."
             ) from error
         self.checkpoint = from_main(self.checkpoint)
         assert self.checkpoint is not None
@@ -292,6 +301,9 @@ class BlockTrainer(Trainer):
 
     def write_state(self, folder: Path) -> None:
         """All that the next block needs: weights, optimizer, schedule, random states of every rank, position."""
+        if self.ranks.is_main:
+            num_bytes = self.checkpoint.num_bytes if self.checkpoint else self.estimated_bytes()
+            checkpoints.require_free_disk(folder.parent, num_bytes)
         folder.mkdir(exist_ok=True)
         self.save_model(str(folder), _internal_call=True)
         self._save_optimizer_and_scheduler(str(folder))
@@ -299,6 +311,8 @@ class BlockTrainer(Trainer):
         self._save_rng_state(str(folder))
         if self.ranks.is_main:
             self.state.save_to_json(str(folder / "trainer_state.json"))
+        # Every process: the files of a rank on another node are in that node's cache.
+        checkpoints.sync_files(folder)
 
     def progress(self) -> Progress:
         step = self.state.global_step
@@ -316,11 +330,3 @@ class BlockTrainer(Trainer):
     def estimated_bytes(self) -> int:
         """Of a first checkpoint: weights and AdamW's two moments of what is trained, 4 bytes each."""
         return 12 * sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
-
-
-class BlockLoader(DataLoader[Any]):
-    """A loader that tells its sampler the epoch; transformers.Trainer calls `set_epoch` before each."""
-
-    def set_epoch(self, epoch: int) -> None:
-        assert isinstance(self.batch_sampler, BlockSampler)
-        self.batch_sampler.set_epoch(epoch)

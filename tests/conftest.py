@@ -1,0 +1,104 @@
+"""What tests share: a model of 75,000 parameters, data prepared from a small module, and runs made of both."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Several test processes share few cores, and sums over threads would not be reproducible between machines.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from mixture.config import DatasetConfig
+from mixture.dataset_modules import ModuleFile
+from mixture.prepare import PreparationRequest, PreparedData, prepare
+from training.config import EvaluationConfig, FinetuningConfig, ModelConfig, TrainingConfig
+from training.run import FinetuningRun
+from training.run_folder import RunFolder
+
+PROJECT = Path(__file__).parent.parent
+
+MODULE = '''
+"""Sums of two numbers."""
+
+def get_custom_dataset(dataset_config, processor, split, split_ratio=0.8):
+    sums = [(a, b) for a in range(2, 12) for b in range(2, 7)]
+    rows = [{"question": f"What is {a} plus {b}?" + " Please." * (a % 4), "answer": f"{a} + {b} = {a + b}"}
+            for a, b in sums]
+    cut = int(len(rows) * split_ratio)
+    return rows[:cut] if split == "train" else rows[cut:]
+
+def score(prediction, row):
+    return float(prediction.split()[-1:] == row["answer"].split()[-1:])
+'''
+
+MakeRun = Callable[..., FinetuningRun]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama config of 75,000 parameters and the tiny model's tokenizer; no weights."""
+    folder = tmp_path_factory.mktemp("model")
+    for file in (PROJECT / "configs/models/tiny").iterdir():
+        shutil.copy(file, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sums_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleFile:
+    path = tmp_path_factory.mktemp("module") / "sums.py"
+    path.write_text(MODULE)
+    return ModuleFile(path)
+
+
+@pytest.fixture(scope="session")
+def prepared_sums(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, sums_module: ModuleFile) -> PreparedData:
+    """40 training rows and 10 test rows, packed into rows of 64 tokens."""
+    request = PreparationRequest(
+        dataset=DatasetConfig(name="sums", max_length=64),
+        module=sums_module,
+        tokenizer=str(tiny_model),
+        objective="sft",
+        seed=1,
+    )
+    return prepare(request, tmp_path_factory.mktemp("data"), lambda line: None)
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, tiny_model: Path, sums_module: ModuleFile, prepared_sums: PreparedData) -> MakeRun:
+    """make_run("name", model={...}, training={...}): a run in its own folder, with these keys set."""
+
+    def make(
+        name: str, *, model: dict[str, Any] | None = None, training: dict[str, Any] | None = None
+    ) -> FinetuningRun:
+        folder = RunFolder(tmp_path / name)
+        folder.path.mkdir(exist_ok=True)
+        default_training = {"lr": 1e-2, "batch_size": 2, "arguments": {"report_to": "none"}}
+        return FinetuningRun(
+            folder=folder,
+            prepared=prepared_sums.folder,
+            module=sums_module,
+            seed=1,
+            dataset=DatasetConfig(name="sums", max_length=64),
+            model=ModelConfig(**{"name": str(tiny_model), "from_scratch": True, **(model or {})}),
+            training=TrainingConfig(**{**default_training, **(training or {})}),
+            finetuning=FinetuningConfig(),
+            evaluation=EvaluationConfig(limit=4, max_new_tokens=8),
+        )
+
+    return make
