@@ -290,6 +290,6 @@ def _check_logits(model: PreTrainedModel) -> None:
     # bfloat16 rounds to 8 bits; a scale or cap that was missed shows as far more than 2 %.
     if not torch.allclose(logits.float(), expected.float(), rtol=0.02, atol=0.02 * expected.abs().max().item()):
         raise ValueError(
-            f"{type(model).__name__} does more to its logits than a linear head, a scale and a cap, so the chunked loss "
+            f"{type(model).__name__} does more to its logits than a linear head, a scale and a cap; the chunked loss "
             "cannot train it"
         )
