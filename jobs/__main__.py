@@ -245,7 +245,7 @@ def logs_command(arguments: list[str]) -> int:
     parser.add_argument("-f", "--follow", action="store_true", help="keep printing until interrupted")
     options = parser.parse_args(arguments)
     run = find_run(options.name)
-    files = sorted((*run.logs.glob("*.log"), *run.logs.glob("*.out")), key=lambda path: path.stat().st_mtime)
+    files = sorted((*run.logs.glob("*.log"), *run.logs.glob("*_0_log.out")), key=lambda path: path.stat().st_mtime)
     if not files:
         raise ValueError(f"run {run.path.name} has no logs yet")
     print(f"==> {files[-1]}", file=sys.stderr)

@@ -213,7 +213,8 @@ def exit_code_of(error: Exception) -> int:
 def report_failure(run: RunFolder, kind: JobKind, code: int, error: Exception) -> None:
     """Details into the log, one line for the user at its end; a HALT file where a retry cannot help."""
     traceback.print_exc()
-    reason = f"{kind}: {str(error).strip() or type(error).__name__}"
+    message = str(error).strip() or type(error).__name__
+    reason = f"{kind}: {' '.join(line.strip() for line in message.splitlines())}"
     print(f"error: {reason}", file=sys.stderr, flush=True)
     if is_first_process():
         run.record_event("error", kind=kind, exit_code=int(code), message=reason)

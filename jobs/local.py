@@ -89,12 +89,10 @@ def run_job_here(
 def start_process(
     run: RunFolder, kind: JobKind, rank: int, world_size: int, gpu_id: int | str | None, log: Path
 ) -> subprocess.Popen[bytes]:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(run.code), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-    }
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join([str(run.code), *filter(None, [os.environ.get("PYTHONPATH")])])
+    if world_size > 1:
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     if gpu_id is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu_id)
     command = [sys.executable, "-u", "-m", "jobs.job", kind, str(run.path)]

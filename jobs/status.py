@@ -176,11 +176,15 @@ def show_status(status: RunStatus, console: Console) -> None:
                 row.get("node", "-"),
                 clock(seconds) if seconds is not None else "-",
                 str(row["step"]) if row.get("step") is not None else "-",
-                row.get("error") or row.get("reason") or "",
+                shortened(row.get("error") or row.get("reason") or ""),
             )
         console.print(table)
     if status.evaluation:
         show_evaluation(status.evaluation, console)
+
+
+def shortened(text: str, max_length: int = 60) -> str:
+    return text if len(text) <= max_length else f"{text[: max_length - 3]}..."
 
 
 def show_evaluation(evaluation: dict[str, Any], console: Console) -> None:

@@ -230,6 +230,8 @@ def test_verbs_for_the_login_node_import_no_torch(verb: str, tmp_path: Path) -> 
         "heavy = {'torch', 'transformers', 'datasets', 'peft', 'trl'} & set(sys.modules); "
         "print('HEAVY', sorted(heavy)); sys.exit(code)"
     )
-    answer = subprocess.run([sys.executable, "-c", script, verb, *arguments], cwd=PROJECT, capture_output=True, text=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", script, verb, *arguments], cwd=PROJECT, capture_output=True, text=True
+    )
     assert answer.returncode == 0, answer.stderr
     assert "HEAVY []" in answer.stdout

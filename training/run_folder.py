@@ -73,7 +73,8 @@ class RunFolder:
 
     def record_event(self, event: str, **details: Any) -> None:
         """Append one line to events.jsonl: time, job, what happened."""
-        job = {"job": os.environ.get("SLURM_JOB_ID"), "host": os.uname().nodename}
+        host = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
+        job = {"job": os.environ.get("SLURM_JOB_ID"), "host": host}
         append_line(self.path / "events.jsonl", {"time": time.time(), "event": event, **job, **details})
 
     def record_metrics(self, **metrics: Any) -> None:
