@@ -68,9 +68,9 @@ def sums_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleFile:
 
 @pytest.fixture(scope="session")
 def prepared_sums(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, sums_module: ModuleFile) -> PreparedData:
-    """40 training rows and 10 test rows, packed into rows of 64 tokens."""
+    """40 training rows and 10 test rows, in 13 packs of up to 128 tokens."""
     request = PreparationRequest(
-        dataset=DatasetConfig(name="sums", max_length=64),
+        dataset=DatasetConfig(name="sums", max_length=128),
         module=sums_module,
         tokenizer=str(tiny_model),
         objective="sft",
@@ -94,7 +94,7 @@ def make_run(tmp_path: Path, tiny_model: Path, sums_module: ModuleFile, prepared
             prepared=prepared_sums.folder,
             module=sums_module,
             seed=1,
-            dataset=DatasetConfig(name="sums", max_length=64),
+            dataset=DatasetConfig(name="sums", max_length=128),
             model=ModelConfig(**{"name": str(tiny_model), "from_scratch": True, **(model or {})}),
             training=TrainingConfig(**{**default_training, **(training or {})}),
             finetuning=FinetuningConfig(),

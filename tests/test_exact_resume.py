@@ -72,3 +72,98 @@ def test_four_blocks_equal_one_uninterrupted_run(kind: str, make_run: MakeRun, b
     assert len(train_to_the_end(chain)) == 4
     assert len(train_to_the_end(whole)) == 1
     assert_identical(final_weights(chain), final_weights(whole))
+
+
+def train_in_this_process(run: FinetuningRun) -> None:
+    torch.set_num_threads(1)
+    train_to_the_end(run)
+
+
+def test_a_run_killed_in_mid_epoch_ends_with_the_same_weights(make_run: MakeRun) -> None:
+    training = {"lr": 1e-3, "batch_size": 1, "save_every": 4, "epochs_per_job": 15, "total_jobs": 1}
+    whole, killed = make_run("whole", training=training), make_run("killed", training=training)
+    process = multiprocessing.get_context("spawn").Process(target=train_in_this_process, args=(killed,))
+    process.start()
+    wait_for_checkpoint(killed, step=8)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    start, _ = newest_valid(killed.folder.checkpoints)
+    assert start is not None and 8 <= start.step < 15 * 13
+
+    train_to_the_end(killed)
+    train_to_the_end(whole)
+    assert_identical(final_weights(killed), final_weights(whole))
+    assert [event["step"] for event in killed.folder.events() if event["event"] == "resumed"] == [start.step]
+
+
+def wait_for_checkpoint(run: FinetuningRun, *, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        checkpoint, _ = newest_valid(run.folder.checkpoints)
+        if checkpoint and checkpoint.step >= step:
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"no checkpoint of step {step}")
+
+
+def test_a_broken_newest_checkpoint_costs_only_the_steps_since_the_one_before(make_run: MakeRun) -> None:
+    training = {"save_every": 2, "epochs_per_job": 1, "total_jobs": 2}
+    chain, whole = make_run("chain", training=training), make_run("whole", training=training)
+    first = finetuning.train(chain)
+    newest = chain.folder.checkpoints / f"step_{first.step:08d}"
+    content = (newest / "optimizer.pt").read_bytes()
+    (newest / "optimizer.pt").write_bytes(content[: len(content) // 2])
+
+    train_to_the_end(chain)
+    train_to_the_end(whole)
+    assert_identical(final_weights(chain), final_weights(whole))
+    resumed = next(event for event in chain.folder.events() if event["event"] == "resumed")
+    assert resumed["step"] < first.step
+    assert resumed["rejected"][0].startswith(f"{newest.name}: optimizer.pt has ")
+
+
+def test_a_stop_file_ends_the_block_at_the_next_step_and_the_chain_goes_on_from_there(make_run: MakeRun) -> None:
+    training = {"epochs_per_job": 2, "total_jobs": 1}
+    stopped, whole = make_run("stopped", training=training), make_run("whole", training=training)
+    stopped.folder.stop.touch()
+    result = finetuning.train(stopped)
+    assert (result.step, result.finished) == (1, False)
+    stopped.folder.stop.unlink()
+    train_to_the_end(stopped)
+    train_to_the_end(whole)
+    assert_identical(final_weights(stopped), final_weights(whole))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("batch_size", 4, "batch_size: 2 -> 4"),
+        ("gradient_accumulation", 2, "gradient_accumulation: 1 -> 2"),
+        ("total_jobs", 3, "horizon_steps: "),
+        ("lr", 0.5, "optimization: lr 0.01, cosine, warmup 0.03, weight decay 0.0 -> lr 0.5,"),
+    ],
+)
+def test_a_resume_under_other_settings_is_refused(key: str, value: object, said: str, make_run: MakeRun) -> None:
+    run = make_run("run", training={"total_jobs": 2})
+    finetuning.train(run)
+    with pytest.raises(ValueError, match="this run is not the one that wrote it") as refusal:
+        finetuning.train(replace(run, training=replace(run.training, **{key: value})))
+    assert said in str(refusal.value)
+    assert f"training.{key}" in str(refusal.value)
+
+
+def test_a_finished_run_returns_at_once_and_exports_what_is_missing(make_run: MakeRun) -> None:
+    run = make_run("run")
+    end = finetuning.train(run)
+    marker = run.folder.export / "baton.json"
+    exported_at = marker.stat().st_mtime_ns
+    started_s = time.monotonic()
+    assert finetuning.train(run) == end
+    assert time.monotonic() - started_s < 0.5
+    assert marker.stat().st_mtime_ns == exported_at
+    marker.unlink()
+    for file in run.folder.export.iterdir():
+        file.unlink()
+    assert finetuning.train(run) == end
+    assert marker.exists()

@@ -37,8 +37,8 @@ def training_arguments(
 ) -> TrainingArguments:
     """What transformers.Trainer is told. Logging and saving are ours, so its own strategies are off."""
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
-    # Every parameter takes part in every forward pass, and the buffers (rotary frequencies) never change.
-    defaults = {"report_to": "tensorboard", "ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
+    # Every trained parameter takes part in every forward pass: looking for unused ones would cost a walk each time.
+    defaults = {"report_to": "tensorboard", "ddp_find_unused_parameters": False}
     arguments = TrainingArguments(
         **{**defaults, **config.arguments},
         output_dir=str(folder.checkpoints),
