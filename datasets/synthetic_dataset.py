@@ -11,6 +11,7 @@ from mixture.hub import HubSource
 SOURCE = HubSource(id=None, licence="CC0-1.0", commercial_use=True, format="question/answer")
 
 NAMES = ("Ada", "Ben", "Chloe", "Deniz", "Emil", "Farah", "Goran", "Hana")
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 THINGS = ("apples", "books", "coins", "pencils", "shells", "stamps")
 
 
@@ -45,5 +46,5 @@ def score(prediction, row):
 
 def last_number(text):
     """The last number of a text, or None."""
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
+    numbers = NUMBER.findall(text.replace(",", ""))
     return float(numbers[-1]) if numbers else None

@@ -289,7 +289,7 @@ def pick_split(result: Any, file: ModuleFile, config: DatasetConfig, split: str)
 def raise_missing_split(error: Exception, file: ModuleFile, config: DatasetConfig, split: str) -> None:
     """Raise a ValueError that names the splits there are, if the error means that the asked-for one is absent."""
     if isinstance(error, KeyError) and error.args == (split,):
-        raise ValueError(missing_split(file, config, split, mapping_keys(error))) from error
+        raise ValueError(missing_split(file, config, split, mapping_keys(error, file.path))) from error
     if "Unknown split" in str(error):
         raise ValueError(f"{split_key(config, split)}: {file.path} has no split {split!r}: {error}") from error
 
@@ -307,15 +307,22 @@ def split_key(config: DatasetConfig, split: str) -> str:
     return "dataset.train_split" if split == config.train_split else "dataset.test_split"
 
 
-def mapping_keys(error: KeyError) -> list[str]:
-    """Keys of the mapping whose lookup failed, read from the frame that raised; empty if it cannot be seen."""
-    frame = None
+def mapping_keys(error: KeyError, path: Path) -> list[str]:
+    """Keys of the mapping whose lookup failed: seen in the frame that raised, or written out there; else empty."""
     traceback = error.__traceback__
-    while traceback is not None:
-        frame, traceback = traceback.tb_frame, traceback.tb_next
-    for value in frame.f_locals.values() if frame else ():
+    assert traceback is not None
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    for value in traceback.tb_frame.f_locals.values():
         if isinstance(value, Mapping) and not isinstance(value, ModuleConfig) and error.args[0] not in value:
             return [str(key) for key in value]
+    if traceback.tb_frame.f_code.co_filename != str(path):
+        return []
+    for node in ast.walk(parse_module(path)):
+        if not isinstance(node, ast.Subscript) or not isinstance(node.value, ast.Dict):
+            continue
+        if node.lineno <= traceback.tb_lineno <= (node.end_lineno or node.lineno):
+            return [str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)]
     return []
 
 

@@ -1,0 +1,195 @@
+"""Looking at data before training: what a module returns, which tokens carry loss, which modules there are."""
+
+from __future__ import annotations
+
+import ast
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mixture.dataset_modules import check_module, data_collator, load_rows, parse_module, score_function
+from mixture.formats import canonical_sample, detect_format
+from mixture.hub import HubSource
+from mixture.prepare import PreparationRequest, load_tokenizer
+from mixture.render import Renderer
+from mixture.shards import TokenRow
+
+ROWS_SHOWN = 2
+
+
+@dataclass(frozen=True)
+class RowReport:
+    """One row as the trainer would see it."""
+
+    format: str
+    columns: dict[str, str]
+    """Each column with its type and length."""
+    tokens: int
+    segments: list[tuple[str, bool]]
+    """Decoded text in order, each piece with whether it carries loss."""
+    labelled_share: float
+    dropped: str | None
+    """Why the row would be left out, if it would."""
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What `check-dataset` found."""
+
+    module: Path
+    splits: dict[str, list[RowReport]]
+    notes: list[str]
+    unpicklable: dict[str, str]
+    """Objects of the module that data loading workers could not receive, with the error."""
+    has_score: bool
+    has_collator: bool
+
+
+def check_dataset(request: PreparationRequest) -> DatasetReport:
+    """Load two rows of each split and make tokens of them; ValueError as the prepare step would raise it."""
+    check_module(request.module)
+    tokenizer = load_tokenizer(request)
+    limit = min(ROWS_SHOWN, request.dataset.limit or ROWS_SHOWN)
+    dataset = replace(request.dataset, limit=limit)
+    notes: list[str] = []
+    loaded: dict[str, Any] = {}
+    for split in dict.fromkeys((dataset.train_split, dataset.test_split)):
+        loaded[split] = load_rows(request.module, dataset, split, tokenizer, None if loaded else notes.append)
+    collator = data_collator(request.module, tokenizer, dataset)
+    score = score_function(request.module)
+    objects = {"get_data_collator's result": collator, "score": score}
+    return DatasetReport(
+        module=request.module.path,
+        splits={
+            split: [
+                report_row(request, tokenizer, row, f"{split}-{index}") for index, row in enumerate(islice(rows, 2))
+            ]
+            for split, rows in loaded.items()
+        },
+        notes=notes,
+        unpicklable={name: error for name, value in objects.items() if (error := pickling_error(value))},
+        has_score=score is not None,
+        has_collator=collator is not None,
+    )
+
+
+def report_row(request: PreparationRequest, tokenizer: Any, row: Mapping[str, Any], row_id: str) -> RowReport:
+    """The report on one row."""
+    renderer = Renderer(
+        tokenizer,
+        objective=request.objective,
+        max_length=request.dataset.max_length,
+        over_length=request.dataset.over_length,
+    )
+    token_rows = renderer.token_rows([canonical_sample(row, source=request.module.path.stem, row_id=row_id)])
+    tokens = sum(len(token_row.input_ids) for token_row in token_rows)
+    labelled = sum(int(token_row.loss_mask[1:].sum()) for token_row in token_rows)
+    return RowReport(
+        format=detect_format(row).name,
+        columns={str(name): described(value) for name, value in row.items()},
+        tokens=tokens,
+        segments=[segment for token_row in token_rows for segment in decoded_segments(tokenizer, token_row)],
+        labelled_share=labelled / tokens if tokens else 0.0,
+        dropped=", ".join(renderer.dropped) or None,
+    )
+
+
+def described(value: Any) -> str:
+    """Type and length of a column's value."""
+    return f"{type(value).__name__}[{len(value)}]" if hasattr(value, "__len__") else type(value).__name__
+
+
+def decoded_segments(tokenizer: Any, row: TokenRow) -> list[tuple[str, bool]]:
+    """Runs of tokens with and without loss, decoded; the first token never carries loss."""
+    labelled = [False, *row.loss_mask[1:].tolist()]
+    changes = [place for place in range(1, len(labelled)) if labelled[place] != labelled[place - 1]]
+    bounds = [0, *changes, len(labelled)]
+    return [(tokenizer.decode(row.input_ids[first:last].tolist()), labelled[first]) for first, last in pairwise(bounds)]
+
+
+def pickling_error(value: Any) -> str | None:
+    """Why the value cannot be pickled, or None if it can."""
+    try:
+        pickle.dumps(value)
+    except Exception as error:  # pickle raises whatever an object's own code raises; the report is the answer
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def rendered_report(report: DatasetReport) -> RenderableType:
+    """The report for a terminal: text without loss is dimmed."""
+    parts: list[RenderableType] = [Text(str(report.module), style="bold"), *(Text(note) for note in report.notes)]
+    for split, rows in report.splits.items():
+        for number, row in enumerate(rows):
+            columns = ", ".join(f"{name} {kind}" for name, kind in row.columns.items())
+            parts.append(Text(f"\n{split} row {number}: {row.format} ({columns})", style="bold"))
+            parts.append(Text(f"{row.tokens} tokens, {row.labelled_share:.0%} with loss"))
+            if row.dropped:
+                parts.append(Text(f"dropped: {row.dropped}", style="red"))
+            parts.append(Text.assemble(*((piece, "green" if loss else "dim") for piece, loss in row.segments)))
+    for name, error in report.unpicklable.items():
+        parts.append(Text(f"{name} cannot be sent to data loading workers: {error}", style="red"))
+    parts.append(Text(f"\nscore: {'yes' if report.has_score else 'no'}"))
+    return Group(*parts)
+
+
+# --- the modules of a project
+
+
+@dataclass(frozen=True)
+class DatasetListing:
+    """One module of datasets/, read without running it."""
+
+    name: str
+    summary: str
+    """First line of the module's docstring."""
+    source: HubSource | None
+    """Its SOURCE; None where it declares none."""
+
+
+def list_datasets(project: Path) -> list[DatasetListing]:
+    """The dataset modules of a project, by name; ValueError names a file that does not parse."""
+    return [listing(path) for path in sorted((project / "datasets").glob("*.py"))]
+
+
+def listing(path: Path) -> DatasetListing:
+    """What a module says about itself."""
+    tree = parse_module(path)
+    summary = (ast.get_docstring(tree) or "").partition("\n")[0]
+    sources = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "SOURCE"
+    ]
+    calls = [value for value in sources if isinstance(value, ast.Call)]
+    return DatasetListing(path.stem, summary, literal_source(path, calls[0]) if calls else None)
+
+
+def literal_source(path: Path, call: ast.Call) -> HubSource:
+    """The HubSource that a call writes out in literals."""
+    try:
+        return HubSource(**{str(word.arg): ast.literal_eval(word.value) for word in call.keywords})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}:{call.lineno}: SOURCE must be HubSource(...) with literal values: {error}") from error
+
+
+def rendered_listing(listings: list[DatasetListing]) -> RenderableType:
+    """A table of dataset modules for a terminal."""
+    table = Table("name", "source", "revision", "licence", "commercial use", "rows", "format", box=None)
+    for item in listings:
+        source = item.source
+        if source is None:
+            table.add_row(item.name, "not stated")
+            continue
+        rows = ", ".join(f"{split} {count}" for split, count in source.rows.items())
+        commercial = "yes" if source.commercial_use else "no"
+        place, revision = source.id or "made here", (source.revision or "")[:8]
+        table.add_row(item.name, place, revision, source.licence, commercial, rows or "any", source.format)
+    return table
