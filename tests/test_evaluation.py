@@ -1,0 +1,134 @@
+"""Scores: the loss of every supervised token, and answers judged by the dataset module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import orjson
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import finetuning
+from mixture.config import DatasetConfig
+from mixture.dataset_modules import ModuleFile
+from mixture.prepare import PreparationRequest, prepare
+from training.checkpoints import NoValidCheckpointError, newest_valid
+from training.config import EvaluationConfig
+from training.evaluation import generate, prompt_text
+from training.run import FinetuningRun
+from training.trainer import NonFiniteLossError
+
+MakeRun = Callable[..., FinetuningRun]
+
+PROJECT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def trained(make_run: MakeRun) -> FinetuningRun:
+    run = make_run("trained", training={"epochs_per_job": 3, "total_jobs": 2})
+    while not finetuning.train(run).finished:
+        pass
+    return run
+
+
+def test_the_test_loss_is_the_mean_over_all_supervised_tokens(trained: FinetuningRun) -> None:
+    result = finetuning.evaluate(trained)
+    model = AutoModelForCausalLM.from_pretrained(trained.folder.export)
+    losses = []
+    for sample in finetuning.build_data(trained, "test").rows:
+        ids = torch.from_numpy(sample.input_ids.astype("int64"))
+        mask = torch.from_numpy(sample.loss_mask)[1:]
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")[mask])
+    reference = torch.cat(losses)
+    assert result["loss"] == pytest.approx(reference.mean().item(), abs=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    assert result["tokens"] == len(reference)
+    assert orjson.loads(trained.folder.evaluation.read_bytes()) == orjson.loads(orjson.dumps(result))
+
+
+def test_the_test_loss_falls_from_block_to_block_and_batches_do_not_change_it(trained: FinetuningRun) -> None:
+    ends = [event for event in trained.folder.events() if event["event"] == "block_end"]
+    assert [end["block"] for end in ends] == [1, 2]
+    assert ends[1]["eval_loss"] < ends[0]["eval_loss"]
+    for batch_size in (1, 7):
+        evaluation = EvaluationConfig(limit=0, batch_size=batch_size)
+        loss = finetuning.evaluate(replace(trained, evaluation=evaluation))["loss"]
+        assert loss == pytest.approx(ends[1]["eval_loss"], abs=1e-6)
+
+
+def test_answers_are_scored_by_the_module(trained: FinetuningRun) -> None:
+    result = finetuning.evaluate(trained)
+    assert result["scored_rows"] == 4
+    assert 0 <= result["score"] <= 1
+    examples = result["examples"]
+    assert (
+        examples[0]["prompt"]
+        == "<|im_start|>user\nWhat is 10 plus 2? Please. Please.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert all(example["score"] in (0.0, 1.0) for example in examples)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_evaluate(make_run: MakeRun) -> None:
+    with pytest.raises(NoValidCheckpointError, match="holds no checkpoint to evaluate"):
+        finetuning.evaluate(make_run("run"))
+
+
+def test_one_batch_is_learnt_by_heart_and_recited_in_padded_batches_as_alone(
+    make_run: MakeRun, sums_module: ModuleFile, tmp_path: Path
+) -> None:
+    model_folder = str(PROJECT / "configs/models/tiny")
+    three_rows = PreparationRequest(
+        dataset=DatasetConfig(name="sums", max_length=256, limit=3),
+        module=sums_module,
+        tokenizer=model_folder,
+        objective="sft",
+        seed=1,
+    )
+    prepared = prepare(three_rows, tmp_path / "data", lambda line: None)
+    training = {"lr": 3e-3, "epochs_per_job": 100, "log_every": 1, "warmup": 5}
+    run = replace(make_run("run", model={"name": model_folder}, training=training), prepared=prepared.folder)
+    finetuning.train(run)
+    losses = [line["loss"] for line in run.folder.metrics()]
+    assert len(losses) == 100
+    assert losses[0] > 7.5
+    assert losses[-1] < 0.02
+
+    model = AutoModelForCausalLM.from_pretrained(run.folder.export)
+    tokenizer = AutoTokenizer.from_pretrained(run.folder.export)
+    questions = [f"What is 2 plus {number}? Please. Please." for number in (2, 3, 4)]
+    prompts = [prompt_text({"prompt": question}, tokenizer) for question in questions]
+    config = EvaluationConfig(max_new_tokens=12)
+    together = generate(model, tokenizer, prompts, config=config, batch_size=3)
+    assert together == ["2 + 2 = 4", "2 + 3 = 5", "2 + 4 = 6"]
+    assert together == [generate(model, tokenizer, [prompt], config=config, batch_size=1)[0] for prompt in prompts]
+
+
+def test_a_loss_that_is_not_a_number_stops_the_block_and_reaches_no_checkpoint(make_run: MakeRun) -> None:
+    run = make_run("run", training={"lr": 1e30, "save_every": 1, "lr_scheduler": "constant"})
+    with pytest.raises(NonFiniteLossError, match="the loss is nan"):
+        finetuning.train(run)
+    newest, _ = newest_valid(run.folder.checkpoints)
+    assert newest is not None
+    assert newest.step == max(line["step"] for line in run.folder.metrics())
+
+
+def test_metrics_have_the_first_and_last_step_of_every_block(trained: FinetuningRun) -> None:
+    lines = list(trained.folder.metrics())
+    assert {1, 21, 22, 42} <= {line["step"] for line in lines}
+    assert lines[-1]["epoch"] == 6
+    assert {line["block"] for line in lines} == {1, 2}
+    tokens = sum(len(row.input_ids) for row in finetuning.build_data(trained, "train").rows)
+    assert lines[-1]["tokens"] == 6 * tokens
+    assert all(line["tokens_per_s"] > 0 for line in lines)
+
+
+def test_questions_without_a_template_are_plain_text(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = None
+    assert prompt_text({"prompt_messages": [{"role": "user", "content": "Why?"}]}, tokenizer) == "Why?\n"
