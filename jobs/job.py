@@ -9,7 +9,7 @@ import traceback
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from jobs.chain import JobKind
 from jobs.config import RunConfig, read_resolved_config
@@ -195,8 +195,13 @@ def newest_step(run: RunFolder) -> int:
 
 
 def crashed_without_progress(run: RunFolder) -> bool:
-    """Whether the last blocks all crashed at the same step, so that one more would too."""
-    ends = [event for event in run.events() if event["event"] == "job_end" and event["kind"] == "block"]
+    """Whether the last blocks since the user's last word all crashed at the same step, so that one more would too."""
+    ends: list[dict[str, Any]] = []
+    for event in run.events():
+        if event["event"] == "started_by_user":
+            ends = []
+        elif event["event"] == "job_end" and event["kind"] == "block":
+            ends.append(event)
     last = ends[-MAX_CRASHES_WITHOUT_PROGRESS:]
     crashed = [event for event in last if event["exit_code"] not in (ExitCode.DONE, ExitCode.STOPPED_EARLY)]
     return len(crashed) == MAX_CRASHES_WITHOUT_PROGRESS and len({event["step"] for event in crashed}) == 1

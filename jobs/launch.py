@@ -130,6 +130,7 @@ def train_here(run: RunFolder, checked: CheckedRun, plan: Plan, watch: Callable[
 
 def clear_halt(run: RunFolder, report: Callable[[str], None]) -> None:
     """Running a file again is the user's word that what halted the chain is mended."""
+    run.record_event("started_by_user")
     for file in (run.halt, run.stop):
         if file.exists():
             report(f"going on after {file.name}: {file.read_text().strip()}")

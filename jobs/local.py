@@ -53,11 +53,11 @@ def run_chain_here(
     says that the job has ended.
     """
     for kind in jobs:
+        step = newest_step(run)
         code = run_job_here(run, kind, num_processes, gpu_id, watch)
-        while kind == "block" and code not in set(ExitCode) and (before := newest_step(run)) > 0:
+        while code not in set(ExitCode) and newest_step(run) > step:
+            step = newest_step(run)
             code = run_job_here(run, kind, num_processes, gpu_id, watch)
-            if newest_step(run) == before:
-                break
         if code != ExitCode.DONE:
             return code
     return ExitCode.DONE

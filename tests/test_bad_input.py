@@ -65,7 +65,7 @@ def test_a_module_that_cannot_be_right_is_told_without_running_it(tmp_path: Path
     [
         ("def get_custom_dataset(config, processor, split): return []\n", "0 rows"),
         (
-            "def get_custom_dataset(config, processor, split): return {'train': [{'question': 'a', 'answer': 'b'}] * 9}[split]\n",
+            "def get_custom_dataset(config, processor, split):\n    return {'train': [{'prompt': 'a'}] * 9}[split]\n",
             "dataset.test_split",
         ),
         ("def get_custom_dataset(config, processor, split): return [{'colour': 'red'}] * 9\n", "colour"),
