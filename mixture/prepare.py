@@ -239,6 +239,8 @@ def write_prepared(request: PreparationRequest, folder: Path, report: Report) ->
         fingerprint.update(writer.digest)
         for line in summary(name, splits[name], request.dataset):
             report(line)
+        if name == "train" and writer.renderer.never_ends_turns:
+            report("warning: the chat template closes answers with no special token, so the model cannot learn to stop")
     stats = {
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint.hexdigest(),

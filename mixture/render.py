@@ -54,37 +54,51 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.template = chat_template_of(tokenizer)
         self.has_generation_blocks = bool(GENERATION_BLOCK.search(self.template))
-        contents = {str(token.content) for token in tokenizer.added_tokens_decoder.values()} | {tokenizer.eos_token}
-        longest_first = sorted((token for token in contents if token), key=len, reverse=True)
-        self.added_token = re.compile(r"\s*(" + "|".join(map(re.escape, longest_first)) + ")") if contents else None
-        self.header, self.lead, self.end_of_turn = "", "", ""
-        if not self.has_generation_blocks:
-            self.probe()
-
-    def probe(self) -> None:
-        """Learn from one exchange what stands before and after the assistant's content.
-
-        `header`: what opens the turn and is given to the model; `lead`: what the model writes between header and
-        content (a space, an empty reasoning block); `end_of_turn`: the token that closes the turn, or "".
-        """
-        question = [{"role": "user", "content": "question"}]
-        opening, closing = chr(MARK_RANGES[0]), chr(MARK_RANGES[0] + 1)
+        special = {str(token.content) for token in tokenizer.added_tokens_decoder.values()} | {tokenizer.eos_token}
+        if tokenizer.bos_token != tokenizer.eos_token:
+            special.discard(tokenizer.bos_token)  # opens a turn, never closes one
+        longest_first = sorted((token for token in special if token), key=len, reverse=True)
+        self.special_token = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.headers: list[str] = []
+        self.lead, self.end_of_turn, self.end_of_earlier_turn = "", "", ""
         try:
-            asked = self.render(question)
-            prompt = self.render(question, add_generation_prompt=True)
-            answered = self.render([*question, {"role": "assistant", "content": f"{opening}answer{closing}"}])
+            self.probe()
         except RefusedByTemplateError as error:
             raise ValueError(f"the chat template cannot render a question and an answer: {error}") from error
-        if answered.count(opening) != 1 or answered.count(closing) != 1:
+
+    def probe(self) -> None:
+        """Learn from one exchange, and from the same one with a second question, what stands around the content.
+
+        `headers`: what opens an assistant's turn and is given to the model, as in the generation prompt and as in
+        earlier turns; `lead`: what the model writes between header and content (a blank, an empty reasoning block);
+        `end_of_turn`, `end_of_earlier_turn`: the token that closes the last turn and earlier ones, or "".
+        """
+        opening, closing = chr(MARK_RANGES[0]), chr(MARK_RANGES[0] + 1)
+        question = {"role": "user", "content": "question"}
+        answer = {"role": "assistant", "content": f"{opening}answer{closing}"}
+        if self.has_generation_blocks:
+            chat = self.rendered_with_blocks([question, answer])
+            if not any("answer" in chat.text[start:end] for start, end in chat.spans):
+                raise ValueError("the chat template's {% generation %} blocks do not hold the assistant's content")
+            return
+        asked = self.render([question])
+        prompt = self.render([question], add_generation_prompt=True)
+        answered = self.render([question, answer])
+        followed = self.render([question, answer, question])
+        if any(text.count(mark) != 1 for text in (answered, followed) for mark in (opening, closing)):
             raise ValueError("the chat template does not write the assistant's content exactly once")
-        before = answered[: answered.index(opening)]
+        before, before_followed = answered[: answered.index(opening)], followed[: followed.index(opening)]
         given = common_prefix(prompt, before)
+        header = given[len(common_prefix(asked, given)) :]
+        earlier_header = before_followed[len(common_prefix(asked, before_followed)) :]
+        self.headers = [text for text in dict.fromkeys((header, earlier_header)) if text.strip()]
         self.lead = before[len(given) :]
-        self.header = given[len(common_prefix(asked, given)) :]
-        if not self.header and self.lead.strip():
+        if not header and self.lead.strip():
             self.lead = ""  # the template writes no generation prompt, so this is the header, not the model's part
-        end = self.added_token.match(answered, answered.index(closing) + 1) if self.added_token else None
-        self.end_of_turn = end[1] if end else ""
+        after, after_followed = answered[answered.index(closing) + 1 :], followed[followed.index(closing) + 1 :]
+        end, earlier_end = self.special_token.match(after.lstrip()), self.special_token.match(after_followed)
+        self.end_of_turn = end[0] if end else ""
+        self.end_of_earlier_turn = earlier_end[0] if earlier_end else ""
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The text of a conversation."""
@@ -171,28 +185,32 @@ class ChatTemplate:
 
     def with_lead(self, text: str, start: int, opening: int) -> int:
         """Where the model begins to write: at the content's opening mark, or before the lead and blanks ahead of it."""
-        for front in (self.header + self.lead, self.header):
-            place = text.rfind(front, start, opening) if front else -1
-            if place >= 0 and not text[place + len(front) : opening].strip():
-                return place + len(self.header)
+        for header in self.headers or [""]:
+            for front in (header + self.lead, header):
+                place = text.rfind(front, start, opening) if front else -1
+                if place >= 0 and not text[place + len(front) : opening].strip():
+                    return place + len(header)
         return opening
 
     def after_header(self, text: str, start: int, end: int, turn: int) -> int:
         """Where an assistant's turn begins that ends at `end`, from the one header in front of it."""
-        if not self.header or text.count(self.header, start, end) != 1:
-            raise ValueError(
-                f"the chat template does not show where the assistant's turn {turn} begins; mark it with "
-                "{% generation %} ... {% endgeneration %} in the template"
-            )
-        return text.index(self.header, start, end) + len(self.header)
+        for header in self.headers:
+            if text.count(header, start, end) == 1:
+                return text.index(header, start, end) + len(header)
+        raise ValueError(
+            f"the chat template does not show where the assistant's turn {turn} begins; mark it with "
+            "{% generation %} ... {% endgeneration %} in the template"
+        )
 
     def after_end_of_turn(self, text: str, closing: int, *, anywhere: bool) -> int:
         """The place behind the end-of-turn token that follows the content, or behind the content where none does."""
-        if not self.end_of_turn:
-            return closing
-        gap = r"[\s\S]*?" if anywhere else r"\s*"  # tool calls stand between content and end of turn
-        match = re.compile(gap + re.escape(self.end_of_turn)).match(text, closing)
-        return match.end() if match else closing
+        if anywhere and self.end_of_turn:  # tool calls stand between content and end of turn
+            place = text.find(self.end_of_turn, closing)
+            return closing if place < 0 else place + len(self.end_of_turn)
+        blanks = len(text[closing:]) - len(text[closing:].lstrip())
+        if self.end_of_turn and text.startswith(self.end_of_turn, closing + blanks):
+            return closing + blanks + len(self.end_of_turn)
+        return closing + len(self.end_of_earlier_turn) * text.startswith(self.end_of_earlier_turn, closing)
 
 
 @dataclass(frozen=True)
@@ -272,6 +290,12 @@ class Renderer:
         self.longer_than_max_length = 0
         self.template: ChatTemplate | None = None
         self.backend: Any = None
+
+    @property
+    def never_ends_turns(self) -> bool:
+        """Whether conversations were rendered by a template that closes the assistant's turns with no special token."""
+        template = self.template
+        return template is not None and not template.has_generation_blocks and not template.end_of_turn
 
     def token_rows(self, samples: Sequence[Sample]) -> list[TokenRow]:
         """Token rows of the samples, in order. ValueError names the sample that does not suit the objective."""

@@ -114,6 +114,17 @@ def num_rows_changed() -> str:
     return MODULE.replace("{i} + 1?", "{i} plus 1?")
 
 
+def test_a_template_that_never_ends_a_turn_is_warned_about(tmp_path):
+    request = make_request(tmp_path)
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    chat_tokenizer(template).save_pretrained(request.tokenizer)
+    told = []
+    prepare(request, tmp_path, told.append)
+    assert [line for line in told if line.startswith("warning")] == [
+        "warning: the chat template closes answers with no special token, so the model cannot learn to stop"
+    ]
+
+
 # --- the key
 
 

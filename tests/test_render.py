@@ -1,7 +1,11 @@
 """Loss lies exactly on what the assistant says, in any chat template; what cannot be traced is refused."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
+import trl
 from chat_tokenizers import (
     CHATML,
     CHATML_WITH_GENERATION,
@@ -12,7 +16,7 @@ from chat_tokenizers import (
 )
 
 from mixture.formats import Sample
-from mixture.render import ChatTemplate, Renderer, generation_prompt
+from mixture.render import GENERATION_BLOCK, ChatTemplate, Renderer, generation_prompt
 
 PLAIN = [("system", "Be kind."), ("user", "Hi?"), ("assistant", "Hello there."), ("user", "1 + 1"), ("assistant", "2")]
 BLANKS = [("user", " Hi? \n"), ("assistant", "\n  Héllo 🙂 \n\n there. \n")]
@@ -230,3 +234,59 @@ def test_generation_starts_from_everything_before_the_last_answer():
     assert generation_prompt(sample(PLAIN)) == {"prompt_messages": messages[:4]}
     assert generation_prompt(Sample(id="p", source="t", content={"prompt": "q"})) == {"prompt": "q"}
     assert generation_prompt(Sample(id="t", source="t", content={"text": "x"})) is None
+
+
+# --- the templates of published models
+
+
+def published_templates():
+    """Chat templates that trl ships for tests, those with generation blocks left out."""
+    folder = Path(trl.__file__).parent / "chat_templates"
+    templates = {path.stem: path.read_text() for path in sorted(folder.glob("*.jinja"))}
+    return {name: text for name, text in templates.items() if not GENERATION_BLOCK.search(text)}
+
+
+PUBLISHED = published_templates()
+TEMPLATES_FOR_IMAGES = {"idefics3", "llava_next", "smolvlm"}  # these want content as a list of parts
+OWN_OPENING = r"((\s|</?think>)*|<\|channel\|>final<\|message\|>| to=user<\|message\|>)"
+
+
+def published_tokenizer(template):
+    tokenizer = chat_tokenizer(template)
+    written_as_special = set(re.findall(r"<\|[^|<>'\"]+\|>|<\uff5c[^\uff5c]+\uff5c>|<[a-z_]*turn\|?>", template))
+    tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": sorted(written_as_special)})
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_templates_are_masked_right_or_refused(name):
+    turns = [("user", "Hi?"), ("assistant", "Hello."), ("user", "1 + 1"), ("assistant", "2")]
+    try:
+        chat = ChatTemplate(published_tokenizer(PUBLISHED[name])).rendered(sample(turns).content["messages"])
+    except ValueError as error:
+        assert name in TEMPLATES_FOR_IMAGES, f"{name} is refused: {error}"
+        return
+    first, second = (chat.text[start:end] for start, end in chat.spans)
+    # Before the content at most the reasoning block or channel that the model writes itself, after it only one token.
+    assert re.fullmatch(OWN_OPENING + r"Hello\.(<[^<>]+>)?", first)
+    assert re.fullmatch(OWN_OPENING + r"2(<[^<>]+>)?", second)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("qwen3", ["Hello.<|im_end|>", "<think>\nsecond\n</think>\n\nBye.<|im_end|>"]),
+        # Their generation prompt opens the reasoning block already.
+        ("qwen3_6", ["Hello.<|im_end|>", "second\n</think>\n\nBye.<|im_end|>"]),
+        ("qwen3_5_nothink", ["Hello.<|im_end|>", "<think>\nsecond\n</think>\n\nBye.<|im_end|>"]),
+        ("deepseekv3", ["\n\nHello.<\uff5cend▁of▁sentence\uff5c>", "\n\nBye.<\uff5cend▁of▁sentence\uff5c>"]),
+    ],
+)
+def test_published_templates_that_move_reasoning_are_traced(name, expected):
+    chat = ChatTemplate(published_tokenizer(PUBLISHED[name])).rendered(sample(REASONED).content["messages"])
+    assert [chat.text[start:end] for start, end in chat.spans] == expected
+
+
+def test_earlier_turns_may_end_in_another_token_than_the_last():
+    chat = ChatTemplate(published_tokenizer(PUBLISHED["gptoss"])).rendered(sample(PLAIN).content["messages"])
+    assert [chat.text[start:end].split("|")[-2] for start, end in chat.spans] == ["end", "return"]
