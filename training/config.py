@@ -140,7 +140,7 @@ class TrainingConfig:
         if self.warmup < 0:
             problems.append(f"training.warmup must not be negative, got {self.warmup}")
         try:
-            self.save_interval
+            _ = self.save_interval
         except ValueError as error:
             problems.append(str(error))
         if problems:
@@ -154,7 +154,7 @@ class TrainingConfig:
         text = str(self.save_every).strip()
         match = re.fullmatch(r"(\d+)\s*(steps?|s|m|min|h)?", text)
         if not match or int(match[1]) < 1:
-            raise ValueError(f"training.save_every must be steps (200) or a time (90s, 30m, 2h), got {self.save_every!r}")
+            raise ValueError(f"training.save_every must be steps (200) or a time (90s, 30m), got {self.save_every!r}")
         number, unit = int(match[1]), match[2]
         if unit in (None, "step", "steps"):
             return SaveInterval(steps=number)

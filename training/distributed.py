@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 JOIN_TIMEOUT_S = 600
+COLLECTIVE_TIMEOUT_S = 1800
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ def join_ranks(folder: Path, ranks: Ranks) -> None:
         store=store,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        timeout=timedelta(seconds=JOIN_TIMEOUT_S),
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
     )
     distributed.monitored_barrier() if backend == "gloo" else distributed.barrier()
     if ranks.is_main:

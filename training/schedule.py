@@ -1,4 +1,4 @@
-"""Where blocks begin and end, and the learning rate over the whole chain. Pure arithmetic, shared by plan and trainer."""
+"""Where blocks begin and end, and the learning rate over the whole chain: arithmetic that plan and trainer share."""
 
 from __future__ import annotations
 

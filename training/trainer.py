@@ -65,6 +65,11 @@ def training_arguments(
         disable_tqdm=True,
         log_level="warning",
     )
+    if arguments.fsdp and arguments.fsdp_plugin_args["state_dict_type"] != "FULL_STATE_DICT":
+        raise ValueError(
+            "training.arguments.fsdp_config.state_dict_type must be FULL_STATE_DICT (or unset), got "
+            f"{arguments.fsdp_plugin_args['state_dict_type']}: evaluation and export read whole weights"
+        )
     if arguments.n_gpu > 1:
         # One process drives one GPU; transformers would split our flat batches over all that it sees.
         arguments._n_gpu = 1
