@@ -174,30 +174,25 @@ def prepare_data(checked: CheckedRun) -> None:
 
 def check_dataset_command(arguments: list[str]) -> int:
     """Show two rows of each split as the trainer will see them."""
-    from mixture.inspection import inspect_dataset, show_inspection
+    from mixture.inspection import check_dataset, rendered_report
 
     _, checked = parse_and_check(verb_parser("check-dataset", "two rows of each split"), arguments)
-    show_inspection(inspect_dataset(checked.preparation), console)
+    console.print(rendered_report(check_dataset(checked.preparation)))
     return 0
 
 
 def datasets_command(arguments: list[str]) -> int:
     """List the datasets that come along."""
-    from mixture.inspection import list_datasets
+    from mixture.inspection import list_datasets, rendered_listing
 
     parser = argparse.ArgumentParser(prog="./train.sh datasets")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    rows = [dataclasses.asdict(dataset) for dataset in list_datasets(PROJECT)]
+    listings = list_datasets(PROJECT)
     if options.json:
-        print_json(rows)
-        return 0
-    table = Table(box=None, padding=(0, 2))
-    for heading in rows[0]:
-        table.add_column(heading.replace("_", " "))
-    for row in rows:
-        table.add_row(*("-" if value is None else str(value) for value in row.values()))
-    console.print(table)
+        print_json([dataclasses.asdict(listing) for listing in listings])
+    else:
+        console.print(rendered_listing(listings))
     return 0
 
 

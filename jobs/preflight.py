@@ -16,6 +16,7 @@ from jobs.config import PROJECT, RunConfig, read_tree, run_config
 from jobs.config_file import ConfigError, Problem
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile, check_module, resolve_module
+from mixture.hub import absolute_data_files
 from mixture.prepare import PreparationRequest
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -74,7 +75,7 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
 
     cluster = collect("cluster", choose_cluster, config.cluster)
     module = collect("dataset.file" if config.dataset.file else "dataset.name", find_module, config.dataset, folder)
-    data_files = collect("dataset.data_files", absolute_data_files, config.dataset.data_files, folder)
+    dataset = collect("dataset.data_files", find_data_files, config.dataset, folder)
     name = collect("model.name", find_model, config.model.name, config.model.revision, folder)
     tokenizer = config.model.tokenizer
     if tokenizer is not None:
@@ -96,7 +97,7 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
         config,
         runs_dir=str(config.folder.parent),
         data_dir=str(config.data_folder),
-        dataset=replace(config.dataset, file=f"{module.path}:{module.function}", data_files=data_files),
+        dataset=replace(dataset, file=f"{module.path}:{module.function}"),
         model=replace(config.model, name=name, tokenizer=tokenizer, checkpoint_dir=checkpoint_dir),
     )
     world_size = config.slurm.world_size if cluster == "slurm" else local_world_size(config, notes)
@@ -109,10 +110,20 @@ def choose_cluster(wanted: str) -> Literal["slurm", "local"]:
     Raises:
         ValueError: Slurm is asked for and not there.
     """
-    has_slurm = shutil.which("sbatch") is not None
-    if wanted == "slurm" and not has_slurm:
-        raise ValueError("slurm needs sbatch on the PATH, and there is none; use `cluster: local` to train here")
-    return "slurm" if wanted == "slurm" or (wanted == "auto" and has_slurm) else "local"
+    if wanted == "local":
+        return "local"
+    missing = missing_slurm()
+    if missing and wanted == "slurm":
+        raise ValueError(f"slurm needs a cluster, and {missing}; use `cluster: local` to train here")
+    return "local" if missing else "slurm"
+
+
+def missing_slurm() -> str | None:
+    """What this machine lacks to submit jobs; None where it belongs to a cluster, even one that is down just now."""
+    if shutil.which("sbatch") is None:
+        return "there is no sbatch on the PATH"
+    answer = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=60)
+    return "sbatch here belongs to none: no slurm.conf" if "configuration source" in answer.stderr else None
 
 
 def find_module(dataset: DatasetConfig, config_folder: Path) -> ModuleFile:
@@ -126,6 +137,15 @@ def find_module(dataset: DatasetConfig, config_folder: Path) -> ModuleFile:
     return module
 
 
+def find_data_files(dataset: DatasetConfig, config_folder: Path) -> DatasetConfig:
+    """The section with every path of `data_files` absolute.
+
+    Raises:
+        ValueError: a file does not exist.
+    """
+    return absolute_data_files(dataset, config_folder=config_folder, project=PROJECT)
+
+
 def unread_module_keys(dataset: DatasetConfig, module: ModuleFile) -> list[str]:
     """Keys of `dataset:` that neither the kit nor the module's text knows: most likely typing mistakes."""
     text = module.path.read_text(encoding="utf-8")
@@ -134,38 +154,13 @@ def unread_module_keys(dataset: DatasetConfig, module: ModuleFile) -> list[str]:
     return [key for key in dataset.module_keys if not re.search(rf"\b{re.escape(key)}\b", text)]
 
 
-def absolute_data_files(data_files: Any, config_folder: Path) -> Any:
-    """`dataset.data_files` with every path absolute, in the shape it was given.
-
-    Raises:
-        ValueError: a file does not exist.
-    """
-    match data_files:
-        case None:
-            return None
-        case dict():
-            return {split: absolute_data_files(files, config_folder) for split, files in data_files.items()}
-        case list():
-            return [absolute_data_files(file, config_folder) for file in data_files]
-        case _:
-            return str(find_path(Path(data_files).expanduser(), config_folder))
-
-
-def find_path(path: Path, config_folder: Path) -> Path:
-    candidates = [folder / path for folder in dict.fromkeys((Path.cwd(), config_folder, PROJECT))]
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate.resolve()
-    raise ValueError(f"no file {path}; tried {', '.join(map(str, dict.fromkeys(candidates)))}")
-
-
 def find_model(name: str, revision: str | None, config_folder: Path, needed_file: str = "config.json") -> str:
     """The model's folder as an absolute path, or its hub id once the hub or the local cache knows it.
 
     Raises:
         ValueError: neither a folder with `needed_file` nor a known hub id.
     """
-    for folder in dict.fromkeys((Path.cwd(), config_folder, PROJECT)):
+    for folder in (config_folder, PROJECT, Path.cwd()):
         candidate = folder / Path(name).expanduser()
         if candidate.is_dir():
             if not (candidate / needed_file).is_file():

@@ -94,5 +94,5 @@ def describe_event(event: dict[str, Any]) -> str | None:
 
 
 def console_for_messages() -> Console:
-    """Standard output without wrapping of long lines where it is not a terminal."""
-    return Console(soft_wrap=not sys.stdout.isatty())
+    """Standard output; a log gets long lines whole and tables as wide as they need."""
+    return Console() if sys.stdout.isatty() else Console(soft_wrap=True, width=160)

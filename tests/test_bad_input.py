@@ -65,7 +65,8 @@ def test_a_module_that_cannot_be_right_is_told_without_running_it(tmp_path: Path
     [
         ("def get_custom_dataset(config, processor, split): return []\n", "0 rows"),
         (
-            "def get_custom_dataset(config, processor, split):\n    return {'train': [{'prompt': 'a'}] * 9}[split]\n",
+            "ROWS = [{'question': 'a', 'answer': 'b'}] * 9\n"
+            "def get_custom_dataset(config, processor, split): return {'train': ROWS}[split]\n",
             "dataset.test_split",
         ),
         ("def get_custom_dataset(config, processor, split): return [{'colour': 'red'}] * 9\n", "colour"),
@@ -89,7 +90,7 @@ def test_a_key_that_the_dataset_module_does_not_read() -> None:
 
 def test_data_files_that_do_not_exist() -> None:
     answer = train_sh("check", str(PROJECT / "configs/gsm8k.yaml"), "--dataset.data_files", "none.jsonl")
-    assert "dataset.data_files: no file none.jsonl; tried" in error_line(answer)
+    assert "dataset.data_files: no file none.jsonl. Looked for:" in error_line(answer)
 
 
 def test_a_model_folder_that_does_not_exist() -> None:
@@ -105,7 +106,7 @@ def test_slurm_asked_for_where_there_is_none(tmp_path: Path) -> None:
         found = subprocess.run(["which", tool], capture_output=True, text=True).stdout.strip()
         (tmp_path / tool).symlink_to(found)
     answer = train_sh("check", TEST_YAML, "--cluster", "slurm", path=str(tmp_path))
-    assert "slurm needs sbatch on the PATH, and there is none" in error_line(answer)
+    assert "slurm needs a cluster, and there is no sbatch on the PATH" in error_line(answer)
 
 
 def test_a_runs_folder_that_is_a_file(tmp_path: Path) -> None:

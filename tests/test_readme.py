@@ -1,0 +1,111 @@
+"""Every command of the README, run as it stands there, in a copy of the project."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from jobs.config import PROJECT
+from jobs.snapshot import snapshot_code
+
+README = (PROJECT / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    """Lines and inline snippets of the README that call a script of the project, without their comments."""
+    found = re.findall(r"^    (\./\S.*?)(?:\s{2,}#.*)?$|`(\./[^`]+)`", README, re.MULTILINE)
+    return list(dict.fromkeys((block or inline).strip() for block, inline in found))
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project as a user gets it, where `runs/` and `data/` are its own."""
+    folder = tmp_path_factory.mktemp("readme") / "baton"
+    snapshot_code(folder, PROJECT / "datasets/test_dataset.py")
+    return folder
+
+
+def run(copy: Path, command: str, *more: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"BATON_VENV": os.environ.get("BATON_VENV", str(PROJECT / ".venv"))}
+    environment.pop("SLURM_CONF", None)
+    return subprocess.run(
+        [*command.split(), *more], cwd=copy, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_the_readme_is_short_and_every_command_in_it_has_a_test() -> None:
+    assert len(README.splitlines()) < 200
+    assert set(commands()) == {
+        "./train.sh configs/test.yaml",  # test_the_first_command_trains
+        "./tests/run",  # what runs this test
+        "./train.sh configs/gsm8k.yaml --slurm.partition gpu --slurm.gpus_per_node 4",  # test_the_cluster_command_...
+        "./train.sh configs/gsm8k.yaml",
+        "./train.sh status gsm8k",  # test_status_and_logs_of_a_run
+        "./train.sh logs gsm8k -f",
+        "./train.sh FILE",  # placeholders of the verbs tested below
+        "./train.sh check FILE",
+        "./train.sh plan FILE",
+        "./train.sh check-dataset FILE",
+        "./train.sh datasets",
+    }
+    assert os.access(PROJECT / "tests/run", os.X_OK)
+
+
+def test_the_first_command_trains(copy: Path) -> None:
+    answer = run(copy, "./train.sh configs/test.yaml")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert (copy / "runs/test/DONE").exists()
+
+
+def test_the_cluster_command_is_checked_and_planned(copy: Path) -> None:
+    command = "./train.sh configs/gsm8k.yaml --slurm.partition gpu --slurm.gpus_per_node 4"
+    answer = run(copy, command, "--dry-run", "--cluster", "local")
+    assert answer.returncode == 0, answer.stderr
+    assert "run gsm8k" in answer.stdout
+
+
+def test_status_and_logs_of_a_run(copy: Path) -> None:
+    assert "done" in run(copy, "./train.sh status test").stdout
+    assert run(copy, "./train.sh logs test").returncode == 0
+    unknown = run(copy, "./train.sh status gsm8k")
+    assert unknown.returncode == 64
+    assert "no run gsm8k" in unknown.stderr
+
+
+@pytest.mark.parametrize("verb", ["check", "plan", "check-dataset"])
+def test_verbs_on_a_file(copy: Path, verb: str) -> None:
+    answer = run(copy, f"./train.sh {verb} configs/test.yaml")
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_the_list_of_datasets(copy: Path) -> None:
+    assert "gsm8k" in run(copy, "./train.sh datasets").stdout
+
+
+def test_the_dataset_module_of_the_readme_trains(copy: Path) -> None:
+    text = re.search(r"(       def get_custom_dataset.*?)\n\n", README, re.DOTALL)
+    assert text is not None
+    module = "\n".join(line[7:] for line in text[1].splitlines()).replace(", ...]", "] * 10")
+    (copy / "datasets/mine.py").write_text(module)
+    answer = run(copy, "./train.sh prepare configs/test.yaml", "--dataset.name", "mine")
+    assert answer.returncode == 0, answer.stderr
+    assert "8 rows" in answer.stdout
+
+
+def test_the_yaml_of_the_readme_is_read(copy: Path) -> None:
+    text = re.search(r"^    dataset:\n.*?gpus_per_node: 1$", README, re.DOTALL | re.MULTILINE)
+    assert text is not None
+    yaml = "\n".join(line[4:] for line in text[0].splitlines())
+    (copy / "configs/readme.yaml").write_text(yaml.replace("meta-llama/Llama-3.2-1B", "configs/models/tiny"))
+    answer = run(copy, "./train.sh check configs/readme.yaml", "--cluster", "local")
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_every_file_that_the_documents_link_to_exists() -> None:
+    for document in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", (PROJECT / document).read_text()):
+            assert (PROJECT / target).exists(), f"{document} links to {target}"
