@@ -13,7 +13,7 @@ import orjson
 
 from mixture.prepare import PreparedData
 from training.checkpoints import Checkpoint, NoValidCheckpointError, ResumeTerms, newest_valid, refuse_changed_terms
-from training.distributed import Ranks, from_main, join_ranks
+from training.distributed import Ranks, failing_together, from_main, join_ranks
 from training.export import is_exported, require_own_folder
 from training.run import BlockResult, FinetuningRun
 from training.run_folder import write_atomically
@@ -47,8 +47,11 @@ def train(run: FinetuningRun) -> BlockResult:
         end = trainer.train_block()
         record_block_end(run, prepared, trainer, end)
     assert end is not None
-    if end.step >= horizon.total_steps and ranks.is_main:
-        export(run, end)
+    if end.step >= horizon.total_steps:
+        # All wait: srun ends the step soon after its first process has left.
+        with failing_together():
+            if ranks.is_main:
+                export(run, end)
     return BlockResult(step=end.step, horizon_steps=horizon.total_steps, finished=end.step >= horizon.total_steps)
 
 

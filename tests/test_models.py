@@ -74,6 +74,14 @@ def test_a_model_without_weights_is_refused_with_the_way_to_random_ones(tiny_mod
         build_model(ModelConfig(name=str(tiny_model)), seed=1)
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_model / "config.json").read_text()) | {"vocab_size": 4000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = ModelConfig(name=str(tmp_path), tokenizer=str(tiny_model), from_scratch=True)
+    with pytest.raises(ValueError, match=r"has 4096 tokens and .* embeds 4000"):
+        build_model(model, seed=1)
+
+
 def test_unknown_adapter_layers_are_refused_with_the_layers_there_are(base: Path) -> None:
     config = ModelConfig(name=str(base), peft=True, lora=LoraConfig(target_modules=["query"]))
     with pytest.raises(ValueError, match=r"model.lora: .*\n.*q_proj"):

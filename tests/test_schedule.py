@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import get_args
+import time
+from typing import cast, get_args
 
 import pytest
 import torch
-from transformers import get_scheduler
+from transformers import TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
-from training.config import LearningRateSchedule, TrainingConfig
+from training.config import LearningRateSchedule, SaveInterval, TrainingConfig
 from training.schedule import Horizon, learning_rate
+from training.trainer import BlockSchedule
 
 
 @pytest.mark.parametrize("schedule", get_args(LearningRateSchedule))
@@ -30,3 +32,25 @@ def test_blocks_divide_the_horizon_and_a_block_begins_where_the_last_one_ended()
     assert (horizon.steps_per_epoch, horizon.block_steps, horizon.total_steps, horizon.epochs) == (3, 6, 18, 6)
     assert [horizon.block_end(step) for step in (0, 5, 6, 11, 12, 17, 18)] == [6, 6, 12, 12, 18, 18, 18]
     assert [horizon.block_of(step) for step in (0, 5, 6, 17, 18)] == [1, 1, 2, 3, 3]
+
+
+def test_a_save_is_due_after_the_steps_or_the_seconds_asked_for() -> None:
+    def saves(interval: SaveInterval, *, steps: list[int], pause_s: float = 0.0) -> list[int]:
+        schedule = BlockSchedule(block_end=9, save_interval=interval, log_every=4, stop_requested=lambda: False)
+        arguments, state, control = cast(TrainingArguments, None), TrainerState(), TrainerControl()
+        schedule.on_train_begin(arguments, state, control)
+        saved = []
+        for state.global_step in steps:
+            time.sleep(pause_s)
+            schedule.on_step_end(arguments, state, control)
+            if control.should_save:
+                saved.append(state.global_step)
+                schedule.on_save(arguments, state, control)
+            assert control.should_log == (state.global_step in (1, 4, 8, 9) or control.should_save)
+            assert control.should_training_stop == (state.global_step == 9)
+        return saved
+
+    steps = list(range(1, 10))
+    assert saves(SaveInterval(), steps=steps) == [9]
+    assert saves(SaveInterval(steps=3), steps=steps) == [3, 6, 9]
+    assert saves(SaveInterval(seconds=1), steps=steps, pause_s=0.28) == [4, 8, 9]

@@ -49,6 +49,7 @@ def build_model(model: ModelConfig, *, seed: int, checkpoint: Path | None = None
     """
     register_varlen_attention()
     config = load_model_config(model)
+    require_embeddings(model, config)
     set_seed(seed)
     if checkpoint and not model.peft:
         network = load_weights(replace(model, name=str(checkpoint), revision=None), config)
@@ -78,6 +79,18 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
         raise ValueError(
             f"model.name: no model found under {model.name!r}. {where_tried(model.name)}\n{error}"
         ) from error
+
+
+def require_embeddings(model: ModelConfig, config: PretrainedConfig) -> None:
+    """Raise ValueError where another model's tokenizer has tokens that this model cannot embed."""
+    if model.tokenizer is None:
+        return
+    tokens, embeddings = len(load_tokenizer(model)), config.get_text_config().vocab_size
+    if tokens > embeddings:
+        raise ValueError(
+            f"model.tokenizer: {model.tokenizer} has {tokens} tokens and {model.name} embeds {embeddings}; "
+            "leave model.tokenizer out to use the model's own"
+        )
 
 
 def where_tried(name: str) -> str:

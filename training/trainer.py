@@ -29,7 +29,7 @@ from training.schedule import Horizon, learning_rate
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss is not a number any more. No checkpoint holds it: the loss is looked at before every save."""
+    """Loss or gradient is not finite. No checkpoint holds the damage: both are looked at before every save."""
 
 
 def training_arguments(
@@ -234,10 +234,13 @@ class BlockTrainer(Trainer):
         """Append the metrics to metrics.jsonl and give them to the trackers. Called on every rank."""
         if "loss" not in logs:  # the summary that transformers gives at the end of train()
             return
-        if not math.isfinite(logs["loss"]):
+        # float16 has a scaler, which skips the steps whose gradients overflowed.
+        gradient_norm = 0.0 if self.accelerator.scaler else logs.get("grad_norm", 0.0)
+        if not math.isfinite(logs["loss"]) or not math.isfinite(gradient_norm):
             raise NonFiniteLossError(
-                f"the loss is {logs['loss']} at or shortly before step {self.state.global_step}. "
-                f"The newest checkpoint is from before. Try a lower training.lr, more warmup, or model.dtype: float32."
+                f"the loss is {logs['loss']} and the norm of the gradient {gradient_norm}, at or shortly before step "
+                f"{self.state.global_step}. The newest checkpoint is from before. Try a lower training.lr, "
+                "more warmup, or model.dtype: float32."
             )
         self.count_tokens()
         now_s = time.monotonic()
@@ -283,6 +286,9 @@ class BlockTrainer(Trainer):
             with failing_together():
                 self.write_state(temporary)
             with failing_together():
+                # Every process: what a rank on another node wrote is in that node's cache.
+                checkpoints.sync_files(temporary)
+            with failing_together():
                 if self.ranks.is_main:
                     self.checkpoint = checkpoints.commit(temporary, self.progress(), keep=self.config.keep_checkpoints)
         except Exception as error:
@@ -316,8 +322,6 @@ class BlockTrainer(Trainer):
         self._save_rng_state(str(folder))
         if self.ranks.is_main:
             self.state.save_to_json(str(folder / "trainer_state.json"))
-        # Every process: the files of a rank on another node are in that node's cache.
-        checkpoints.sync_files(folder)
 
     def progress(self) -> Progress:
         step = self.state.global_step
