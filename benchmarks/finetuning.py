@@ -5,8 +5,8 @@
 
 Every variant trains the same small Llama from the same random weights on the same samples, with loss on every token
 and about as many real tokens in each optimizer step. Every measurement is a process of its own; repetitions are
-interleaved, so read the ratios: on a busy machine the seconds mean little and `--threads 1` is steadiest. Without a GPU it takes some ten minutes
-on two cores; with one, the model is of the 1B class and bfloat16.
+interleaved, so read the ratios: on a busy machine the seconds mean little, and `--threads 1` is steadiest. With a GPU
+the model is of the 1B class, in bfloat16.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Scale:
     head_hidden: int
 
 
-ON_CPU = Scale(256, 4, 8, 4, 1024, 32_000, 2048, 3, 2048, 512)
+ON_CPU = Scale(256, 4, 8, 4, 1024, 32_000, 2048, 4, 2048, 512)
 ON_GPU = Scale(2048, 16, 32, 8, 8192, 128_256, 16_384, 24, 16_384, 2048)
 HEAD_VOCABULARY = 128_256
 
