@@ -156,7 +156,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     for checkpointing in (False, True):
         model = build("llama", "varlen").train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         model(**row).logits.square().sum().backward()
         gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad)
     assert torch.equal(*gradients)

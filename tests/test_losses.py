@@ -306,7 +306,7 @@ def test_a_copy_of_the_model_trains_its_own_weights() -> None:
 def test_distributed_data_parallel_finds_a_gradient_for_every_weight(tmp_path: Any) -> None:
     model = build(tie_word_embeddings=True).train()
     use_chunked_loss(model)
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     model(**rows()).loss.backward()
     expected = gradients(model)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -50,8 +50,9 @@ def training_arguments(
         learning_rate=config.lr,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        activation_checkpointing=config.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        # The names that every transformers in the lock file knows. None, not False: 5.23 warns of any other value.
+        gradient_checkpointing=config.gradient_checkpointing or None,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         bf16=precision == torch.bfloat16,
         fp16=precision == torch.float16,
         use_cpu=not torch.cuda.is_available(),
