@@ -15,7 +15,6 @@ from rich.table import Table
 
 from jobs import launch
 from jobs.config import PROJECT, resolved_values
-from jobs.config_file import ConfigError
 from jobs.job import ExitCode
 from jobs.local import AlreadyRunningError
 from jobs.plan import Plan, plan_run
@@ -23,6 +22,7 @@ from jobs.preflight import CheckedRun, check_run
 from jobs.progress import RunWatcher, console_for_messages
 from jobs.slurm import SubmissionError
 from jobs.status import RunStatus, clock, read_status, show_evaluation, show_status
+from settings.yaml_tree import ConfigError
 from training.checkpoints import NoValidCheckpointError
 from training.run_folder import RunFolder
 

@@ -9,14 +9,15 @@ from pathlib import Path
 import yaml
 
 from jobs.chain import ChainJob, JobKind, Journal, jobs_needed
-from jobs.config import PROJECT, changed_keys, resolved_values
-from jobs.config_file import ConfigError, Problem, read_config_file
+from jobs.config import PROJECT, resolved_values
 from jobs.local import run_chain_here, sole_owner
 from jobs.plan import Plan
 from jobs.preflight import CheckedRun
 from jobs.slurm import QueuedJob, live_jobs, submit_chain
 from jobs.snapshot import describe_environment, in_snapshot, read_manifest, snapshot_code, write_manifest
 from mixture.prepare import PreparedData, prepared_folder
+from settings.typed import changed_keys
+from settings.yaml_tree import ConfigError, Problem, read_config_file
 from training.checkpoints import newest_valid
 from training.run_folder import RunFolder, write_atomically
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -13,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jobs.config import PROJECT, RunConfig, read_tree, run_config
-from jobs.config_file import ConfigError, Problem
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile, check_module, resolve_module
 from mixture.hub import absolute_data_files
 from mixture.prepare import PreparationRequest
+from settings.yaml_tree import ConfigError, Problem
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -100,6 +101,7 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
         dataset=replace(dataset, file=f"{module.path}:{module.function}"),
         model=replace(config.model, name=name, tokenizer=tokenizer, checkpoint_dir=checkpoint_dir),
     )
+    notes += context_notes(config)
     world_size = config.slurm.world_size if cluster == "slurm" else local_world_size(config, notes)
     return CheckedRun(config=config, module=module, cluster=cluster, world_size=world_size, notes=notes)
 
@@ -253,6 +255,17 @@ def partition_minutes(text: str) -> int | None:
         return None
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return (days * 24 + hours) * 60 + minutes + (seconds > 0)
+
+
+def context_notes(config: RunConfig) -> list[str]:
+    """A word where rows may be longer than the positions the model was made for."""
+    file = Path(config.model.name) / "config.json"
+    if not file.is_file():
+        return []
+    positions = json.loads(file.read_text(encoding="utf-8")).get("max_position_embeddings")
+    if positions is None or config.dataset.max_length <= positions:
+        return []
+    return [f"dataset.max_length is {config.dataset.max_length}, and the model was made for {positions} positions"]
 
 
 def local_world_size(config: RunConfig, notes: list[str]) -> int:

@@ -42,7 +42,7 @@ class DatasetConfig:
     """Local files with the module's columns, read instead of the hub: a path, a list of paths, or
     {split: path or paths}."""
 
-    module_keys: dict[str, Any] = field(default_factory=dict)
+    module_keys: dict[str, Any] = field(default_factory=dict, metadata={"internal": True})
     """Every other key of `dataset:`, for the module to read. Filled by the config reader, not by the user."""
 
     def __post_init__(self) -> None:

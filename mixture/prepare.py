@@ -230,12 +230,16 @@ def write_prepared(request: PreparationRequest, folder: Path, report: Report) ->
     """Write all files of prepared data, the marker last."""
     tokenizer = load_tokenizer(request)
     has_score = score_function(request.module) is not None
+    # Both before either is written: a missing test split should not cost the time of writing the train split.
+    rows = {
+        "train": load_rows(request.module, request.dataset, request.dataset.train_split, tokenizer, report),
+        "test": load_rows(request.module, request.dataset, request.dataset.test_split, tokenizer, None),
+    }
     splits: dict[str, SplitStats] = {}
     fingerprint = xxhash.xxh3_128()
-    for name, split in (("train", request.dataset.train_split), ("test", request.dataset.test_split)):
-        rows = load_rows(request.module, request.dataset, split, tokenizer, report if name == "train" else None)
+    for name in rows:
         writer = SplitWriter(request, folder, name, tokenizer, report, keep_raw_rows=name == "test" and has_score)
-        splits[name] = writer.write(rows)
+        splits[name] = writer.write(rows[name])
         fingerprint.update(writer.digest)
         for line in summary(name, splits[name], request.dataset):
             report(line)

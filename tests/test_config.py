@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.config import PROJECT, changed_keys, read_resolved_config, read_run_config, resolved_values
-from jobs.config_file import ConfigError, read_config_file
+from jobs.config import PROJECT, read_resolved_config, read_run_config, resolved_values
+from settings.typed import changed_keys
+from settings.yaml_tree import ConfigError, read_config_file
 
 SMALLEST = """
 dataset:

@@ -1,0 +1,1 @@
+"""Settings as users write them: YAML and command line in, checked dataclasses out, every mistake with its line."""

@@ -1,0 +1,153 @@
+"""A tree of plain values as a dataclass: types, defaults and unknown keys checked, all problems at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from functools import cache
+from typing import Any, Literal, TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from settings.yaml_tree import ConfigTree, KeyPath, Problem
+
+Config = TypeVar("Config")
+
+
+def build(
+    config_class: type[Config], values: dict[str, Any], path: KeyPath, tree: ConfigTree, problems: list[Problem]
+) -> Config | None:
+    """One section as its dataclass; what is wrong with it goes to `problems`, and None comes back."""
+    fields = {item.name: item for item in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    annotations = typing.get_type_hints(config_class)
+    before = len(problems)
+    typed: dict[str, Any] = {}
+    for key, value in values.items():
+        here = (*path, key)
+        if key not in fields:
+            problems.append(
+                Problem(
+                    tree.place(here),
+                    unknown_key(here, [name for name, item in fields.items() if not item.metadata.get("internal")]),
+                )
+            )
+        elif dataclasses.is_dataclass(annotations[key]):
+            if value is not None and not isinstance(value, dict):
+                message = f"{'.'.join(here)} is a section: put its keys below it, got {value!r}"
+                problems.append(Problem(tree.place(here), message))
+            else:
+                typed[key] = build(typing.cast(type, annotations[key]), value or {}, here, tree, problems)
+        else:
+            try:
+                typed[key] = check_type(annotations[key], value)
+            except TypeError as error:
+                problems.append(Problem(tree.place(here), f"{'.'.join(here)}: {error}"))
+    required = [key for key, item in fields.items() if is_required(item)]
+    for key in required:
+        if key not in values and dataclasses.is_dataclass(annotations[key]):
+            typed[key] = build(typing.cast(type, annotations[key]), {}, (*path, key), tree, problems)
+        elif key not in values:
+            problems.append(Problem(tree.place(path), f"{'.'.join((*path, key))} is missing and has no default"))
+    if any(typed.get(key) is None for key in required):
+        return None
+    try:
+        section = config_class(**typed)
+    except ValueError as error:
+        for line in str(error).splitlines():
+            problems.append(Problem(tree.place(key_named_in(line, path, values)), line))
+        return None
+    return section if len(problems) == before else None
+
+
+def is_required(item: dataclasses.Field[Any]) -> bool:
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+
+
+@cache
+def type_parser(annotation: Any) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=annotation)
+    return parser
+
+
+def check_type(annotation: Any, value: Any) -> Any:
+    """The value, converted to its annotated type.
+
+    Raises:
+        TypeError: what was expected, and what was given.
+    """
+    if value is None and not accepts_none(annotation):
+        raise TypeError(f"expected {describe_type(annotation)}, got nothing")
+    try:
+        return type_parser(annotation).parse_object({"value": value}).value
+    except ArgumentError:
+        hint = "; quote it to make it a text" if accepts_text(annotation) and isinstance(value, int | float) else ""
+        raise TypeError(f"expected {describe_type(annotation)}, got {value!r}{hint}") from None
+
+
+TYPE_WORDS: dict[Any, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    Any: "anything",
+}
+
+
+def accepts_none(annotation: Any) -> bool:
+    return annotation is Any or type(None) in typing.get_args(annotation)
+
+
+def accepts_text(annotation: Any) -> bool:
+    return annotation is str or str in typing.get_args(annotation)
+
+
+def describe_type(annotation: Any) -> str:
+    """The type in a user's words."""
+    if annotation in TYPE_WORDS:
+        return TYPE_WORDS[annotation]
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(argument) for argument in arguments if argument is not type(None))
+    if origin is list:
+        return f"a list of {'texts' if arguments == (str,) else 'values'}"
+    return "a section of keys" if origin is dict else str(annotation)
+
+
+def unknown_key(path: KeyPath, known: list[str]) -> str:
+    """The message for a key nobody reads, with the nearest one that somebody does."""
+    nearest = difflib.get_close_matches(path[-1], known, n=1)
+    name = ".".join(path)
+    if nearest:
+        return f"unknown key {name}; did you mean {'.'.join((*path[:-1], nearest[0]))}?"
+    return f"unknown key {name}; known here: {', '.join(sorted(known))}"
+
+
+def key_named_in(message: str, path: KeyPath, values: dict[str, Any]) -> KeyPath:
+    """The key that a dataclass complains about, to find its line."""
+    for key in values:
+        if re.match(rf"{re.escape('.'.join((*path, key)))}\b", message):
+            return (*path, key)
+    return path
+
+
+def leaves(values: dict[str, Any], path: KeyPath = ()) -> typing.Iterator[tuple[KeyPath, Any]]:
+    """Every key path that holds a plain value or a list, with that value."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def changed_keys(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The settings that differ, as (key, before, after)."""
+    old, new = dict(leaves(before)), dict(leaves(after))
+    return [
+        (".".join(path), old.get(path), new.get(path)) for path in sorted(old | new) if old.get(path) != new.get(path)
+    ]
