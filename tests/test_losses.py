@@ -169,8 +169,8 @@ def test_the_graph_can_be_used_twice() -> None:
 
 
 def test_chunks_shrink_with_the_vocabulary_and_grow_with_the_width() -> None:
-    assert tokens_per_chunk(128_256, 512, device_type="cpu") == 130
-    assert tokens_per_chunk(32_000, 512, device_type="cpu") == 524
+    assert tokens_per_chunk(128_256, 512, device_type="cpu") == 261
+    assert tokens_per_chunk(32_000, 512, device_type="cpu") == 1048
     assert tokens_per_chunk(128_256, 4096, device_type="cuda") == 1024
 
 

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 IGNORED = -100
 
 # Logits held at once, in elements. More would not run faster on a CPU; a GPU needs large matrices to be busy.
-_CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
+_CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**26}
 
 
 @dataclass(frozen=True)
