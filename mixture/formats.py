@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
+
+from mixture.html_markdown import is_chat_html, markdown
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]
@@ -25,6 +28,7 @@ ROLES = {
     "model": "assistant",
     "ai": "assistant",
     "bot": "assistant",
+    "function_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
@@ -33,6 +37,10 @@ ROLES = {
 }
 """Spellings of roles, in lower case, and what they mean."""
 
+FOLLOWS = {"user": (None, "system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+"""Roles after which each role may speak; None: at the start."""
+
+PLAIN_TYPES = (str, int, float, bool)
 CONTENT_KEYS = ("messages", "text", "prompt", "chosen", "rejected", "input_ids", "loss_mask")
 SHOWN_CHARACTERS = 300
 
@@ -65,10 +73,17 @@ class Format:
     columns: tuple[str, ...]
     read: Callable[[Row], Content]
     also_reads: tuple[str, ...] = ()
+    notes: Callable[[Row, Content], dict[str, Any]] | None = None
+    """What else is worth keeping as metadata, such as how much was cut."""
 
-    def fits(self, row: Row) -> bool:
-        """Whether the row has every column of this format."""
-        return all(row.get(column) is not None for column in self.columns)
+
+@dataclass(frozen=True)
+class Candidate:
+    """A format that fits rows of one set of columns, where its own columns are not null."""
+
+    format: Format
+    other_columns: tuple[str, ...]
+    """Columns that the format does not read; plain values in them are kept as metadata."""
 
 
 def canonical_sample(row: Row, *, source: str, row_id: str) -> Sample:
@@ -77,40 +92,99 @@ def canonical_sample(row: Row, *, source: str, row_id: str) -> Sample:
     `source` names the data set and `row_id` the row, where the row itself does not: rows that already are canonical
     samples keep theirs.
     """
-    row_format = detect_format(row)
+    head, content = canonical_parts(row, source, row_id, None, "auto")
+    return Sample(content=content, **head)
+
+
+def canonical_row(
+    row: Row, source: str, row_id: str, category: str | None = None, format_name: str = "auto"
+) -> dict[str, Any]:
+    """A canonical sample as the plain dict that is written, for when every row of a large source goes through it.
+
+    `category` is that of the source, `format_name` a name from FORMATS where "auto" is not wanted. ValueError as from
+    `canonical_sample`.
+    """
+    head, content = canonical_parts(row, source, row_id, category, format_name)
+    head.update(content)
+    return head
+
+
+def canonical_parts(
+    row: Row, source: str, row_id: str, category: str | None, format_name: str
+) -> tuple[dict[str, Any], Content]:
+    """Id, source, category and metadata of a canonical sample, and its content."""
+    candidate = fitting(row, format_name)
+    row_format = candidate.format
     try:
         content = row_format.read(row)
     except ValueError as error:
         raise ValueError(f"row {row_id}, format {row_format.name}: {error}\n  {shown(row)}") from error
-    is_canonical = isinstance(row.get("metadata"), Mapping) and isinstance(row.get("source"), str)
-    return Sample(
-        id=str(row["id"]) if row.get("id") not in (None, "") else row_id,
-        source=row["source"] if is_canonical else source,
-        category=row["category"] if isinstance(row.get("category"), str) else None,
-        metadata=dict(row["metadata"]) if is_canonical else other_columns(row, row_format),
-        content=content,
-    )
+    get = row.get
+    own_source, own_metadata, own_id, own_category = get("source"), get("metadata"), get("id"), get("category")
+    if own_metadata is not None and isinstance(own_source, str) and isinstance(own_metadata, Mapping):
+        source, metadata = own_source, dict(own_metadata)
+    else:
+        metadata = {}
+        for name in candidate.other_columns:
+            if isinstance(value := row[name], PLAIN_TYPES):
+                metadata[name] = value
+        if row_format.notes is not None:
+            metadata.update(row_format.notes(row, content))
+    head = {
+        "id": row_id if own_id is None or own_id == "" else str(own_id),
+        "source": source,
+        "category": own_category if isinstance(own_category, str) else category,
+        "metadata": metadata,
+    }
+    return head, content
 
 
 def detect_format(row: Row) -> Format:
     """The first format of FORMATS that fits; ValueError names the columns where none does."""
-    if not isinstance(row, Mapping):
+    return fitting(row, "auto").format
+
+
+def fitting(row: Row, format_name: str) -> Candidate:
+    """The first candidate whose columns are all filled in the row."""
+    if type(row) is not dict and not isinstance(row, Mapping):
         raise ValueError(f"a row must be a dict of columns, got {type(row).__name__}: {str(row)[:SHOWN_CHARACTERS]}")
-    for row_format in FORMATS:
-        if row_format.fits(row):
-            return row_format
-    known = "; ".join(f"{known.name} ({', '.join(known.columns)})" for known in FORMATS)
-    raise ValueError(
-        f"a row with columns {', '.join(map(str, row))} fits no known format.\n  {shown(row)}\n"
-        f"Known formats: {known}.\nRename the columns in the dataset module, or return `messages`."
+    candidates = candidates_for(tuple(row), format_name)
+    for candidate in candidates:
+        for column in candidate.format.columns:
+            if row[column] is None:
+                break
+        else:
+            return candidate
+    raise ValueError(unknown_format(row, format_name))
+
+
+@lru_cache(maxsize=4096)
+def candidates_for(columns: tuple[str, ...], format_name: str) -> tuple[Candidate, ...]:
+    """The formats that rows with these columns may have, best first."""
+    if format_name != "auto" and format_name not in FORMAT_NAMES:
+        raise ValueError(f"unknown format {format_name!r}; known: auto, {', '.join(FORMAT_NAMES)}")
+    return tuple(
+        Candidate(known, other_columns(columns, known))
+        for known in FORMATS
+        if format_name in ("auto", known.name) and set(known.columns) <= set(columns)
     )
 
 
-def other_columns(row: Row, row_format: Format) -> dict[str, Any]:
-    """Plain values of the columns that the format does not read, kept as metadata."""
+def other_columns(columns: tuple[str, ...], row_format: Format) -> tuple[str, ...]:
+    """Columns that the format does not read and that are no part of a sample's head."""
     used = {*row_format.columns, *row_format.also_reads, "id", "category"}
-    plain = (str, int, float, bool)
-    return {str(key): value for key, value in row.items() if key not in used and isinstance(value, plain)}
+    return tuple(column for column in columns if isinstance(column, str) and column not in used)
+
+
+def unknown_format(row: Row, format_name: str) -> str:
+    """What to say of a row that fits nothing: its columns, the row, what is known, what to do."""
+    wanted = [known for known in FORMATS if format_name in ("auto", known.name)]
+    known = "; ".join(f"{known.name} ({', '.join(known.columns)})" for known in wanted)
+    fits = "no known format" if format_name == "auto" else f"not the format {format_name} that is asked for"
+    return (
+        f"a row with columns {', '.join(map(str, row))} fits {fits}.\n  {shown(row)}\n"
+        f"Known formats: {known}.\nRename the columns in the dataset module, or return `messages`."
+    )
 
 
 def shown(row: Row) -> str:
@@ -148,14 +222,35 @@ def read_token_mask(row: Row) -> Content:
 
 
 def read_preference(row: Row) -> Content:
-    """`prompt`, `chosen`, `rejected`: texts, messages, or one message each."""
-    return {key: text_or_messages(row[key], key) for key in ("prompt", "chosen", "rejected")}
+    """`prompt`, `chosen`, `rejected`: texts, messages, or one message each.
+
+    Where both answers repeat the prompt as their first turns, those turns become the prompt.
+    """
+    prompt, chosen, rejected = (text_or_messages(row[key], key) for key in ("prompt", "chosen", "rejected"))
+    if isinstance(chosen, list) and isinstance(rejected, list) and chosen[0]["role"] != "assistant":
+        shared, chosen, rejected = without_shared_turns(chosen, rejected)
+        asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        if shared[-1]["content"] != asked:
+            raise ValueError("chosen and rejected begin with turns that do not end in the prompt")
+        prompt = shared
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def read_implicit_preference(row: Row) -> Content:
+    """`chosen` and `rejected` as whole conversations; the turns that both begin with are the prompt."""
+    chosen, rejected = (text_or_messages(row[key], key) for key in ("chosen", "rejected"))
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise ValueError(
+            "chosen and rejected without a prompt column must be lists of turns, to tell prompt from answer"
+        )
+    prompt, chosen, rejected = without_shared_turns(chosen, rejected)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def read_sharegpt_preference(row: Row) -> Content:
     """ShareGPT turns as the prompt, with one `chosen` and one `rejected` answer."""
     return {
-        "prompt": sharegpt_messages(row),
+        "prompt": sharegpt_turns(row),
         "chosen": text_or_messages(row["chosen"], "chosen"),
         "rejected": text_or_messages(row["rejected"], "rejected"),
     }
@@ -167,27 +262,65 @@ def read_messages(row: Row) -> Content:
 
 
 def read_sharegpt(row: Row) -> Content:
-    """`conversations`: [{from, value}], with an optional `system` column."""
-    return {"messages": sharegpt_messages(row)}
+    """`conversations`: [{from, value}], with an optional `system` column.
+
+    Answers before the first question, and all from the first turn that is out of turn, are cut off.
+    """
+    return {"messages": exchanges_in_turn(sharegpt_turns(row))}
+
+
+def turns_cut(row: Row, content: Content) -> dict[str, Any]:
+    """How many turns of a conversation were cut off, if any."""
+    cut = len(row["conversations"]) + len(system_turn(row)) - len(content["messages"])
+    return {"turns_cut": cut} if cut else {}
 
 
 def read_alpaca(row: Row) -> Content:
     """`instruction`, `output`, optional `input`, `system` and `history` [[question, answer]]."""
+    return {"messages": instruction_turns(row, text(row, "output"))}
+
+
+def read_alpaca_response(row: Row) -> Content:
+    """As Alpaca, with the answer in `response`."""
+    return {"messages": instruction_turns(row, text(row, "response"))}
+
+
+def instruction_turns(row: Row, answer: str) -> list[Message]:
     question = text(row, "instruction")
     if row.get("input"):
         question = f"{question}\n\n{text(row, 'input')}"
-    turns = [turn for pair in row.get("history") or [] for turn in exchange(str(pair[0]), str(pair[1]))]
-    return {"messages": [*system_turn(row), *turns, *exchange(question, text(row, "output"))]}
+    turns = [turn for pair in row.get("history") or () for turn in exchange(str(pair[0]), str(pair[1]))]
+    return [*system_turn(row), *turns, *exchange(question, answer)]
 
 
-def read_query_answer(row: Row) -> Content:
-    """`query` and `answer`."""
-    return {"messages": [*system_turn(row), *exchange(text(row, "query"), text(row, "answer"))]}
+def pair_reader(question: str, answer: str) -> Callable[[Row], Content]:
+    """Reads rows that hold one question and one answer in the columns of these names, optionally a system turn."""
+
+    def read(row: Row) -> Content:
+        asked, answered = row[question], row[answer]
+        if not (isinstance(asked, str) and isinstance(answered, str)):
+            raise ValueError(
+                f"column {question} holds {type(asked).__name__} and column {answer} holds "
+                f"{type(answered).__name__}, expected text"
+            )
+        return {"messages": [*system_turn(row), *exchange(asked, answered)]}
+
+    return read
 
 
 def read_question_answer(row: Row) -> Content:
-    """`question` and `answer`."""
-    return {"messages": [*system_turn(row), *exchange(text(row, "question"), text(row, "answer"))]}
+    """`question` and `answer`; of several answers that are equally right, the first."""
+    answer = row["answer"]
+    if not isinstance(answer, str):
+        if not isinstance(answer, list) or not answer or not all(isinstance(one, str) for one in answer):
+            raise ValueError(f"column answer holds {type(answer).__name__}, expected text or a list of texts")
+        answer = answer[0]
+    return {"messages": [*system_turn(row), *exchange(text(row, "question"), answer)]}
+
+
+def all_answers(row: Row, content: Content) -> dict[str, Any]:
+    """All answers, where a row has several."""
+    return {} if isinstance(row["answer"], str) else {"answers": list(row["answer"])}
 
 
 def read_prompt_completion(row: Row) -> Content:
@@ -200,10 +333,10 @@ def read_prompt_completion(row: Row) -> Content:
 
 
 def read_programming_task(row: Row) -> Content:
-    """MBPP: a task in `text`, its solution in `code`, optional tests in `test_list` that the task shows."""
+    """MBPP: a task in `text` (`prompt` in its sanitised form), its solution in `code`, tests in `test_list`."""
     tests = row.get("test_list") or []
-    task = text(row, "text")
-    if tests:
+    task = text(row, "prompt" if row.get("text") is None else "text")
+    if len(tests):
         task = f"{task}\n\nYour code should pass these tests:\n\n" + "\n".join(map(str, tests))
     return {"messages": exchange(task, text(row, "code"))}
 
@@ -213,27 +346,41 @@ def read_text(row: Row) -> Content:
     return {"text": text(row, "text")}
 
 
+def read_text_content(row: Row) -> Content:
+    """Plain text in `content`, as in collections of source code."""
+    return {"text": text(row, "content")}
+
+
 def read_prompt(row: Row) -> Content:
     """`prompt` alone: a text, or messages."""
     return {"prompt": text_or_messages(row["prompt"], "prompt")}
 
 
+SYSTEM = ("system", "system_prompt")
 FORMATS = (
     Format("tokenised", ("input_ids", "loss_mask"), read_token_mask),
     Format("tokenised", ("input_ids",), read_tokens, ("labels", "attention_mask")),
     Format("preference", ("prompt", "chosen", "rejected"), read_preference),
-    Format("sharegpt preference", ("conversations", "chosen", "rejected"), read_sharegpt_preference, ("system",)),
+    Format("sharegpt preference", ("conversations", "chosen", "rejected"), read_sharegpt_preference, SYSTEM),
+    Format("preference", ("chosen", "rejected"), read_implicit_preference),
     Format("messages", ("messages",), read_messages),
-    Format("sharegpt", ("conversations",), read_sharegpt, ("system",)),
-    Format("alpaca", ("instruction", "output"), read_alpaca, ("input", "system", "history")),
-    Format("query/answer", ("query", "answer"), read_query_answer, ("system",)),
-    Format("question/answer", ("question", "answer"), read_question_answer, ("system",)),
+    Format("sharegpt", ("conversations",), read_sharegpt, SYSTEM, turns_cut),
+    Format("alpaca", ("instruction", "output"), read_alpaca, ("input", "history", *SYSTEM)),
+    Format("alpaca", ("instruction", "response"), read_alpaca_response, ("input", "history", *SYSTEM)),
+    Format("query/answer", ("query", "answer"), pair_reader("query", "answer"), SYSTEM),
+    Format("question/answer", ("question", "answer"), read_question_answer, SYSTEM, all_answers),
+    Format("question/response", ("question", "response"), pair_reader("question", "response"), SYSTEM),
+    Format("problem/solution", ("problem", "solution"), pair_reader("problem", "solution"), SYSTEM),
     Format("prompt/completion", ("prompt", "completion"), read_prompt_completion),
     Format("programming task", ("text", "code"), read_programming_task, ("test_list",)),
+    Format("programming task", ("prompt", "code"), read_programming_task, ("test_list",)),
     Format("text", ("text",), read_text),
+    Format("text", ("content",), read_text_content),
     Format("prompt", ("prompt",), read_prompt),
 )
 """Known formats; the first that fits a row is taken, so the more specific ones come first."""
+
+FORMAT_NAMES = tuple(dict.fromkeys(known.name for known in FORMATS))
 
 
 # --- pieces that the formats share
@@ -245,13 +392,46 @@ def exchange(question: str, answer: str) -> list[Message]:
 
 
 def system_turn(row: Row) -> list[Message]:
-    """The system turn of a row with a filled `system` column, else nothing."""
-    return [{"role": "system", "content": text(row, "system")}] if row.get("system") else []
+    """The system turn of a row with a filled `system` or `system_prompt` column, else nothing."""
+    for column in SYSTEM:
+        if row.get(column):
+            return [{"role": "system", "content": text(row, column)}]
+    return []
 
 
-def sharegpt_messages(row: Row) -> list[Message]:
-    """Turns of a ShareGPT row."""
+def sharegpt_turns(row: Row) -> list[Message]:
+    """All turns of a ShareGPT row."""
     return [*system_turn(row), *read_turns(row["conversations"], "conversations")]
+
+
+def exchanges_in_turn(messages: list[Message]) -> list[Message]:
+    """The system turn and whole exchanges of a conversation, up to the first turn that is out of turn.
+
+    ValueError: not one question with its answer is left.
+    """
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    first = next((place for place, turn in enumerate(messages) if turn["role"] == "user"), len(messages))
+    previous, answered, place = None, first, first
+    for place in range(first, len(messages)):
+        role = messages[place]["role"]
+        if previous not in FOLLOWS.get(role, ()):
+            break
+        previous = role
+        if role == "assistant":
+            answered = place + 1
+    if answered == first:
+        raise ValueError(f"no question with an answer: the turns are {', '.join(turn['role'] for turn in messages)}")
+    return [*system, *messages[first:answered]]
+
+
+def without_shared_turns(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
+    """The turns that both conversations begin with, and what is left of each; ValueError: nothing is shared or left."""
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if not 0 < shared < min(len(chosen), len(rejected)):
+        raise ValueError(f"chosen and rejected share their first {shared} turns, of {len(chosen)} and {len(rejected)}")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
 def text_or_messages(value: Any, column: str) -> str | list[Message]:
@@ -265,10 +445,24 @@ def read_turns(turns: Any, column: str) -> list[Message]:
     """Turns as [{role, content, ...}], from {role, content} or {from, value}; further filled keys are kept."""
     if isinstance(turns, (str, Mapping)) or not hasattr(turns, "__iter__"):
         raise ValueError(f"column {column} must hold a list of turns, got {type(turns).__name__}")
-    messages = [read_turn(turn, f"{column}[{index}]") for index, turn in enumerate(turns)]
+    messages = [quick_turn(turn) or read_turn(turn, f"{column}[{index}]") for index, turn in enumerate(turns)]
     if not messages:
         raise ValueError(f"column {column} holds no turns")
     return messages
+
+
+def quick_turn(turn: Any) -> Message | None:
+    """The turn, if it has the two usual keys and texts only: nearly all turns do, and the general way costs more."""
+    if type(turn) is not dict or len(turn) != 2:
+        return None
+    role, content = turn.get("role"), turn.get("content")
+    if role is None:
+        role, content = turn.get("from"), turn.get("value")
+    if type(role) is not str or type(content) is not str or (known := ROLES.get(role)) is None:
+        return None
+    if known == "assistant" and is_chat_html(content):
+        return None
+    return {"role": known, "content": content}
 
 
 def read_turn(turn: Any, where: str) -> Message:
@@ -286,16 +480,21 @@ def read_turn(turn: Any, where: str) -> Message:
         content = joined_parts(content, where)
     if not isinstance(content, str):
         raise ValueError(f"{where} has {content_key} of type {type(content).__name__}, expected text")
+    if role == "assistant" and is_chat_html(content):
+        content = markdown(content)
     kept = {key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None}
     return {"role": role, "content": content, **kept}
 
 
 def joined_parts(parts: list[Any], where: str) -> str:
-    """The text of a content given as [{type: text, text}]."""
+    """The text of a content given as parts, [{type: text, text}]; ValueError for images and other parts."""
+    texts = []
     for part in parts:
-        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+        piece = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(piece, str):
             raise ValueError(f"{where} has a content part that is not text: {str(part)[:80]}")
-    return "".join(part["text"] for part in parts)
+        texts.append(piece)
+    return "".join(texts)
 
 
 def text(row: Row, column: str) -> str:
