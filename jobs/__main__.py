@@ -20,7 +20,8 @@ from jobs.local import AlreadyRunningError
 from jobs.plan import Plan, plan_run
 from jobs.preflight import CheckedRun, check_run
 from jobs.progress import RunWatcher, console_for_messages
-from jobs.slurm import SubmissionError
+from jobs.queue import SlurmError
+from jobs.report import write_report
 from jobs.status import RunStatus, clock, read_status, show_evaluation, show_status
 from settings.yaml_tree import ConfigError
 from training.checkpoints import NoValidCheckpointError
@@ -34,6 +35,7 @@ USAGE = """\
 ./train.sh check-dataset FILE   two rows of each split as the trainer will see them
 ./train.sh status [NAME]    how runs stand
 ./train.sh logs NAME        what the last job printed
+./train.sh report NAME      report.html: curves over the whole chain, scores, settings
 ./train.sh datasets         the datasets that come along
 
 --section.key VALUE overrides any key of FILE: --training.lr 1e-4 --dataset.data_files PATH --name NAME"""
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return ExitCode.BAD_INPUT
-    except (ValueError, SubmissionError, AlreadyRunningError, NoValidCheckpointError) as error:
+    except (ValueError, SlurmError, AlreadyRunningError, NoValidCheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.BAD_INPUT
     except OSError as error:
@@ -105,7 +107,7 @@ def run_command(arguments: list[str]) -> int:
 def train_here(run: RunFolder, checked: CheckedRun, plan: Plan) -> int:
     code = launch.train_here(run, checked, plan, RunWatcher(run, console).watch)
     if code == ExitCode.DONE:
-        console.print(f"finished: {run.path}", highlight=False)
+        console.print(f"finished: {run.path}; curves in report.html", highlight=False)
         show_evaluation(read_status(run).evaluation or {}, console)
     else:
         print(f"error: the chain stopped with exit code {code}; details in {run.logs}", file=sys.stderr)
@@ -253,6 +255,14 @@ def logs_command(arguments: list[str]) -> int:
     return 0
 
 
+def report_command(arguments: list[str]) -> int:
+    """Write a run's report.html, at any time."""
+    parser = argparse.ArgumentParser(prog="./train.sh report")
+    parser.add_argument("name", help="a run, or the path of its folder")
+    console.print(str(write_report(find_run(parser.parse_args(arguments).name))), highlight=False)
+    return 0
+
+
 def find_run(name: str) -> RunFolder:
     """A run by name, or by the path of its folder."""
     for path in (PROJECT / "runs" / name, Path(name).resolve()):
@@ -323,6 +333,7 @@ VERBS = {
     "check-dataset": check_dataset_command,
     "status": status_command,
     "logs": logs_command,
+    "report": report_command,
     "datasets": datasets_command,
     "help": help_command,
 }

@@ -14,6 +14,7 @@ from typing import Any, cast, get_args
 from jobs.chain import JobKind
 from jobs.config import RunConfig, read_resolved_config
 from jobs.preflight import preparation_request
+from jobs.report import write_report
 from jobs.snapshot import in_snapshot, read_manifest
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparedData, prepare, prepared_folder
@@ -79,6 +80,8 @@ def run_job(kind: JobKind, run: RunFolder) -> int:
     if is_first_process():
         step = None if kind == "prepare" else newest_step(run)
         run.record_event("job_end", kind=kind, exit_code=int(code), seconds=round(time.time() - started, 1), step=step)
+        if kind == "evaluate":
+            write_report(run)
     return int(code)
 
 

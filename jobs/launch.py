@@ -13,7 +13,8 @@ from jobs.config import PROJECT, resolved_values
 from jobs.local import run_chain_here, sole_owner
 from jobs.plan import Plan
 from jobs.preflight import CheckedRun
-from jobs.slurm import QueuedJob, live_jobs, submit_chain
+from jobs.queue import QueuedJob, live_jobs
+from jobs.slurm import submit_chain
 from jobs.snapshot import describe_environment, in_snapshot, read_manifest, snapshot_code, write_manifest
 from mixture.prepare import PreparedData, prepared_folder
 from settings.typed import changed_keys
@@ -100,7 +101,7 @@ def submit(run: RunFolder, checked: CheckedRun, plan: Plan, report: Callable[[st
     """Submit what is missing of the chain; returns its queued jobs.
 
     Raises:
-        SubmissionError: Slurm refused a job or does not answer.
+        SlurmError: Slurm refused a job or does not answer.
         AlreadyRunningError: another command submits this run right now.
     """
     with sole_owner(run):

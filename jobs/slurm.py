@@ -1,53 +1,18 @@
-"""Submitting the chain through submitit, and asking Slurm about its jobs."""
+"""Submitting the chain through submitit."""
 
 from __future__ import annotations
 
 import shlex
-import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jobs.chain import ChainJob, JobKind, Journal, jobs_to_submit
 from jobs.config import SlurmConfig
 from jobs.job import ChainStep
+from jobs.queue import QueuedJob, SlurmError, live_jobs
 from training.run_folder import RunFolder
-
-PENDING_REASONS = {
-    "Dependency": "waits for the job before it",
-    "Priority": "other jobs come first",
-    "Resources": "waits for free nodes",
-    "DependencyNeverSatisfied": "the job it waits for has failed; run the file again",
-    "JobHeldUser": "held by you (scontrol release)",
-    "JobHeldAdmin": "held by an administrator",
-    "BeginTime": "its start time has not come",
-    "QOSMaxJobsPerUserLimit": "you have as many jobs running as your QOS allows",
-    "AssocGrpGRES": "your account's GPUs are all in use",
-    "ReqNodeNotAvail": "a node it needs is down or reserved",
-    "PartitionTimeLimit": "asks for more time than the partition gives",
-}
-
-
-class SubmissionError(RuntimeError):
-    """Slurm refused a job, or did not answer."""
-
-
-@dataclass(frozen=True)
-class QueuedJob:
-    """One job as squeue shows it."""
-
-    id: str
-    name: str
-    state: str
-    reason: str
-    nodes: str
-    elapsed: str
-
-    @property
-    def reason_in_words(self) -> str:
-        """Why the job does not run yet, for people."""
-        return PENDING_REASONS.get(self.reason, self.reason) if self.state == "PENDING" else ""
 
 
 def submit_chain(
@@ -56,7 +21,7 @@ def submit_chain(
     """Submit what the queue lacks of `needed`, each job after the one before; returns all queued jobs of the chain.
 
     Raises:
-        SubmissionError: sbatch refused a job. What was accepted stays queued and is in the journal, so that the same
+        SlurmError: sbatch refused a job. What was accepted stays queued and is in the journal, so that the same
             call later adds the rest and nothing twice.
     """
     journal = Journal.open(run)
@@ -70,8 +35,8 @@ def submit_chain(
         journal.record(job)
         try:
             job = replace(job, id=submit(job, run, slurm))
-        except SubmissionError as error:
-            raise SubmissionError(refusal(error, queued, missing[position:])) from None
+        except SlurmError as error:
+            raise SlurmError(refusal(error, queued, missing[position:])) from None
         journal.record(job)
         report(f"submitted {kind} as job {job.id}" + (f", after {previous}" if previous else ""))
         queued.append(job)
@@ -92,7 +57,7 @@ def submit(job: ChainJob, run: RunFolder, slurm: SlurmConfig) -> str:
     """Submit one job; returns its id.
 
     Raises:
-        SubmissionError: with sbatch's own words.
+        SlurmError: with sbatch's own words.
     """
     import submitit
 
@@ -101,8 +66,8 @@ def submit(job: ChainJob, run: RunFolder, slurm: SlurmConfig) -> str:
     try:
         executor.update_parameters(**sbatch_parameters(job, run, slurm))
         return str(executor.submit(ChainStep(job.kind, str(run.path))).job_id)
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-        raise SubmissionError(sbatch_words(str(error))) from None
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSlurmError) as error:
+        raise SlurmError(sbatch_words(str(error))) from None
 
 
 def sbatch_words(message: str) -> str:
@@ -174,20 +139,3 @@ def adopt_unanswered(journal: Journal, live: list[QueuedJob], run: RunFolder) ->
             if not Path(paths.submitted_pickle).exists():
                 DelayedSubmission(ChainStep(job.kind, str(run.path))).dump(paths.submitted_pickle)
             journal.record(replace(job, id=ids[job.name]))
-
-
-def live_jobs(journal: Journal) -> list[QueuedJob]:
-    """The run's jobs that are queued or running.
-
-    Raises:
-        SubmissionError: the controller does not answer; that never counts as "no such job".
-    """
-    names = {job.name for job in journal.jobs}
-    if not names:
-        return []
-    command = ["squeue", "-h", "--me", "-o", "%i|%j|%T|%r|%N|%M"]
-    answer = subprocess.run(command, capture_output=True, text=True)
-    if answer.returncode != 0:
-        raise SubmissionError(f"Slurm does not answer: {answer.stderr.strip()}")
-    jobs = [QueuedJob(*line.split("|")) for line in answer.stdout.splitlines()]
-    return [job for job in jobs if job.name in names]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.chain import Journal
-from jobs.slurm import QueuedJob, SubmissionError, live_jobs
+from jobs.queue import QueuedJob, SlurmError, live_jobs
 from training.checkpoints import NoValidCheckpointError, newest_valid
 from training.run_folder import RunFolder
 
@@ -76,7 +76,7 @@ def ask_slurm(run: RunFolder) -> tuple[list[QueuedJob], str | None]:
         return [], None
     try:
         return live_jobs(Journal.open(run)), None
-    except (SubmissionError, FileNotFoundError) as error:
+    except (SlurmError, FileNotFoundError) as error:
         return [], str(error)
 
 

@@ -45,6 +45,7 @@ def test_the_first_command_of_the_readme_learns_and_evaluates(finished: RunFolde
     assert evaluation["perplexity"] > 1
     assert (finished.export / "model.safetensors").exists()
     assert [event["block"] for event in finished.events() if event["event"] == "block_end"] == [1, 2, 3]
+    assert "<svg" in (finished.path / "report.html").read_text()
 
 
 def test_the_run_folder_tells_what_was_run(finished: RunFolder) -> None:

@@ -50,6 +50,7 @@ def test_the_readme_is_short_and_every_command_in_it_has_a_test() -> None:
         "./train.sh check FILE",
         "./train.sh plan FILE",
         "./train.sh check-dataset FILE",
+        "./train.sh report NAME",
         "./train.sh datasets",
     }
     assert os.access(PROJECT / "tests/run", os.X_OK)
@@ -71,6 +72,7 @@ def test_the_cluster_command_is_checked_and_planned(copy: Path) -> None:
 def test_status_and_logs_of_a_run(copy: Path) -> None:
     assert "done" in run(copy, "./train.sh status test").stdout
     assert run(copy, "./train.sh logs test").returncode == 0
+    assert run(copy, "./train.sh report test").stdout.strip().endswith("runs/test/report.html")
     unknown = run(copy, "./train.sh status gsm8k")
     assert unknown.returncode == 64
     assert "no run gsm8k" in unknown.stderr

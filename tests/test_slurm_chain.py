@@ -18,7 +18,7 @@ from jobs.chain import Journal
 from jobs.config import PROJECT
 from jobs.plan import plan_run
 from jobs.preflight import CheckedRun, check_run
-from jobs.slurm import SubmissionError
+from jobs.queue import SlurmError
 from jobs.status import read_status
 from training.run_folder import RunFolder
 
@@ -110,7 +110,7 @@ def test_a_refusal_half_way_keeps_and_names_what_was_accepted(waiting_partition:
         if len(queued_names(waiting_partition)) == 2:
             waiting_partition.run("scontrol", "update", "partition=gpucluster", "state=INACTIVE")
 
-    with pytest.raises(SubmissionError) as raised:
+    with pytest.raises(SlurmError) as raised:
         launch.submit(run, checked, plan, close_partition_after_two)
     accepted = [job for job in Journal.open(run).jobs if job.id]
     assert len(accepted) == 2

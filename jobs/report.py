@@ -1,0 +1,194 @@
+"""report.html: one page about a run, with its curves over the whole chain. Needs no server, script or network."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.snapshot import read_manifest
+from jobs.status import RunStatus, clock, read_status
+from training.run_folder import RunFolder, write_atomically
+
+WIDTH, HEIGHT = 640, 220
+LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 28
+MAX_POINTS = 600
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1360px; margin: 2em auto; padding: 0 1em; color: #1c2430; }
+h1 { font-size: 1.5em; margin-bottom: 0; } h2 { font-size: 1.1em; margin-top: 2em; }
+.curves { display: flex; flex-wrap: wrap; gap: 1em; } figure { margin: 0; } figcaption { font-weight: 600; }
+table { border-collapse: collapse; } th, td { text-align: left; padding: .2em 1em .2em 0; vertical-align: top; }
+th { border-bottom: 1px solid #ccd3dc; } pre { background: #f4f6f8; padding: 1em; overflow-x: auto; font-size: 13px; }
+.halted { color: #b3261e; } .note { color: #5b6675; }
+svg text { font: 11px system-ui, sans-serif; fill: #5b6675; }
+"""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart: (step, value) pairs, drawn as a line or, where there are few, as dots too."""
+
+    points: Sequence[tuple[float, float]]
+    colour: str
+    dots: bool = False
+
+
+def write_report(run: RunFolder) -> Path:
+    """Write the run's report.html and return its path."""
+    path = run.path / "report.html"
+    write_atomically(path, report_page(run).encode())
+    return path
+
+
+def report_page(run: RunFolder) -> str:
+    """The page as text."""
+    status = read_status(run)
+    metrics = last_line_of_each_step(run)
+    ends = [event for event in run.events() if event["event"] == "block_end" and event.get("eval_loss") is not None]
+    boundaries = [event["step"] for event in run.events() if event["event"] == "block_end"]
+    test_loss = [(event["step"], event["eval_loss"]) for event in ends]
+    charts = [
+        chart(
+            "Loss (line: training, dots: test split at block ends)",
+            [Curve(series(metrics, "loss"), "#2f6fde"), Curve(test_loss, "#d9541e", dots=True)],
+            boundaries,
+        ),
+        chart("Learning rate", [Curve(series(metrics, "lr"), "#2f6fde")], boundaries),
+        chart("Tokens per second", [Curve(series(metrics, "tokens_per_s"), "#2f6fde")], boundaries),
+        chart("Gradient norm", [Curve(series(metrics, "grad_norm"), "#2f6fde")], boundaries),
+    ]
+    name = html.escape(run.path.name)
+    return "\n".join(
+        [
+            f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{name}</title>",
+            f"<style>{STYLE}</style></head><body>",
+            f"<h1>{name}</h1><p class='{html.escape(status.state)}'>{html.escape(summary(status))}</p>",
+            f"<div class='curves'>{''.join(charts)}</div>",
+            evaluation_section(status.evaluation),
+            jobs_section(status),
+            f"<h2>Settings</h2><pre>{html.escape(run.config.read_text(encoding='utf-8'))}</pre>",
+            f"<h2>Made with</h2><pre>{html.escape(provenance(run))}</pre>",
+            "</body></html>\n",
+        ]
+    )
+
+
+def last_line_of_each_step(run: RunFolder) -> list[dict[str, Any]]:
+    """The metrics in the order of their steps; of steps that were repeated after a crash, the last try."""
+    by_step = {line["step"]: line for line in run.metrics()}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def series(metrics: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) pairs, thinned to what a screen can show; the last one always stays."""
+    points = [(line["step"], line[key]) for line in metrics if is_number(line.get(key))]
+    stride = max(1, math.ceil(len(points) / MAX_POINTS))
+    return points[::stride] + (points[-1:] if (len(points) - 1) % stride else [])
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def chart(title: str, curves: Sequence[Curve], boundaries: Sequence[int]) -> str:
+    """A figure with an inline SVG; dashed lines are block boundaries."""
+    points = [point for curve in curves for point in curve.points]
+    if not points:
+        return f"<figure><figcaption>{html.escape(title)}</figcaption><p class='note'>nothing yet</p></figure>"
+    last_step = max(1.0, *(step for step, _ in points))
+    low, high = min(value for _, value in points), max(value for _, value in points)
+    if low == high:
+        low, high = low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1)
+
+    def x(step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * step / last_step
+
+    def y(value: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
+
+    marks = [
+        f"<text x='{LEFT - 6}' y='{y(value) + 4:.1f}' text-anchor='end'>{value:.4g}</text>"
+        f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y(value):.1f}' y2='{y(value):.1f}' stroke='#e4e8ed'/>"
+        for value in (low, (low + high) / 2, high)
+    ]
+    marks += [
+        f"<line x1='{x(step):.1f}' x2='{x(step):.1f}' y1='{TOP}' y2='{HEIGHT - BOTTOM}' stroke='#b8c0ca' "
+        "stroke-dasharray='3 3'/>"
+        for step in boundaries
+        if step <= last_step
+    ]
+    marks.append(f"<text x='{WIDTH - RIGHT}' y='{HEIGHT - 8}' text-anchor='end'>step {last_step:.0f}</text>")
+    for curve in curves:
+        path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve.points)
+        marks.append(f"<polyline points='{path}' fill='none' stroke='{curve.colour}' stroke-width='1.5'/>")
+        if curve.dots:
+            marks += [
+                f"<circle cx='{x(step):.1f}' cy='{y(value):.1f}' r='3.5' fill='{curve.colour}'/>"
+                for step, value in curve.points
+            ]
+    svg = f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' width='{WIDTH}' height='{HEIGHT}' role='img'>{''.join(marks)}</svg>"
+    return f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>"
+
+
+def summary(status: RunStatus) -> str:
+    """Where the run stands, in one line."""
+    horizon = f" of {status.horizon_steps}" if status.horizon_steps else ""
+    parts = [f"{status.state}{': ' + status.detail if status.detail else ''}", f"step {status.step}{horizon}"]
+    if status.loss is not None:
+        parts.append(f"loss {status.loss:.4f}")
+    return ", ".join(parts)
+
+
+def evaluation_section(evaluation: dict[str, Any] | None) -> str:
+    """The scores, and a few answers beside what was expected."""
+    if evaluation is None:
+        return ""
+    scores = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{value:.6g}</td></tr>"
+        for name, value in evaluation.items()
+        if is_number(value)
+    )
+    examples = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in example.values()) + "</tr>"
+        for example in evaluation.get("examples", [])
+    )
+    headings = "".join(f"<th>{html.escape(key)}</th>" for key in next(iter(evaluation.get("examples", [])), {}))
+    answers = f"<h2>Some answers</h2><table><tr>{headings}</tr>{examples}</table>" if examples else ""
+    return f"<h2>Evaluation</h2><table>{scores}</table>{answers}"
+
+
+def jobs_section(status: RunStatus) -> str:
+    rows = "".join(
+        "<tr>"
+        + "".join(
+            f"<td>{html.escape(str(value))}</td>"
+            for value in (
+                job["kind"],
+                job["id"] or "-",
+                job["state"],
+                job.get("node", "-"),
+                clock(job["seconds"]) if "seconds" in job else "-",
+                job.get("step", "-"),
+                job.get("error") or job.get("reason") or "",
+            )
+        )
+        + "</tr>"
+        for job in status.jobs
+    )
+    headings = "".join(f"<th>{heading}</th>" for heading in ("job", "id", "state", "node", "time", "step", ""))
+    return f"<h2>Jobs</h2><table><tr>{headings}</tr>{rows}</table>"
+
+
+def provenance(run: RunFolder) -> str:
+    """Versions and code state, a fact a line."""
+    facts = read_manifest(run.manifest)
+    lines = [f"created {facts['created']}", f"Python {facts['python']}"]
+    lines += [f"{name} {version}" for name, version in facts["packages"].items()]
+    if facts["git"]:
+        lines.append(f"commit {facts['git']['commit']}, {len(facts['git']['changed_files'])} files changed since")
+    lines.append(f"data {facts['data_key']}")
+    return "\n".join(lines)
