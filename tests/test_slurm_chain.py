@@ -76,6 +76,20 @@ def test_a_chain_over_two_nodes_finishes_and_learns(slurm: SlurmCluster, tmp_pat
     assert train_sh(*arguments).stdout.startswith("run test is finished")
 
 
+def test_a_block_has_one_process_for_each_gpu_it_asked_for(slurm: SlurmCluster, tmp_path: Path) -> None:
+    arguments = [str(PROJECT / "configs/test.yaml"), *TINY, *folders(tmp_path), "--training.total_jobs", "1"]
+    answer = train_sh(*arguments, "--slurm.gpus_per_node", "2", "--slurm.cpus_per_task", "1", "--wait")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    run = RunFolder(tmp_path / "runs/test")
+    logs = sorted(path.name for path in run.logs.glob("*_log.out"))
+    prepare, block, evaluate = (job.id for job in Journal.open(run).jobs)
+    assert logs == sorted([f"{prepare}_0_log.out", f"{block}_0_log.out", f"{block}_1_log.out", f"{evaluate}_0_log.out"])
+    gpus = {job: slurm.run("scontrol", "show", "job", str(job)) for job in (prepare, block, evaluate)}
+    assert "TresPerNode" not in gpus[prepare]
+    assert "TresPerNode=gres:gpu:2" in gpus[block]
+    assert "TresPerNode=gres:gpu:1" in gpus[evaluate]
+
+
 def test_a_second_call_names_the_queued_jobs_and_submits_nothing(
     waiting_partition: SlurmCluster, tmp_path: Path
 ) -> None:
