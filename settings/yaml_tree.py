@@ -150,7 +150,7 @@ def read_node(node: yaml.Node, path: KeyPath, file: Path, places: dict[KeyPath, 
     if isinstance(node, yaml.MappingNode):
         return read_mapping(node, path, file, places, problems)
     if isinstance(node, yaml.SequenceNode):
-        return [read_node(item, path, file, places, problems) for item in node.value]
+        return [read_node(item, (*path, str(number)), file, places, problems) for number, item in enumerate(node.value)]
     assert isinstance(node, yaml.ScalarNode)
     return read_scalar(node, f"{file}:{node.start_mark.line + 1}", problems)
 
