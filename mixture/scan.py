@@ -2,37 +2,85 @@
 
 What the other parts code against:
 
-    sources = [ScanSource(name="gsm8k", files=files, keep=keep, keep_key=key), ...]          # order is priority: first wins
-    scan = scan_sources(sources, folder, workers=2, report=print)                 # resumable, done chunks are not re-read
-    scan.sources["gsm8k"].read / .kept / .dropped / .text_bytes ...               # SourceCounts, before deduplication
-    for rejection in scan.rejections(): ...                                       # file, line, reason, detail, excerpt
-    for row_id, text in scan.texts(): ...                                         # kept rows again, for near duplicates
-    unique = find_duplicates(scan, ..., also_dropped=row_ids)   # dedup.py: Available rows per (split, source)
-    parts = scatter(unique, {("train", "gsm8k"): 32_000, ...}, ...)               # scatter.py: shuffled JSONL parts
+    sources = [ScanSource(name="gsm8k", files=files, keep=keep, keep_key=key)]  # order is priority: the first wins
+    scan = scan_sources(sources, folder, workers=2, report=print)  # resumable: finished chunks are not read again
+    scan.sources["gsm8k"].read / .kept / .dropped / .text_bytes    # SourceCounts, before deduplication
+    for rejection in scan.rejections(): ...                        # file, line, reason, detail, excerpt
+    for row_id, text in scan.texts(): ...                          # kept rows again, for near duplicates
+    unique = find_duplicates(scan, also_dropped=row_ids, ...)      # dedup.py: Available by (split, source)
+    scatter(unique, {("train", "gsm8k"): 32_000}, output, ...)     # scatter.py: shuffled JSONL parts
 
-A per-row filter, compiled once per source:
+A filter, compiled once per source and called on every row:
 
     Keep = Callable[[str, Row, Content], str | None]
-    keep(text, row, content) -> None to keep the row, else the reason, or "reason: detail"
+    keep(text, row, sample) -> None to keep the row, else the reason, or "reason: detail"
 
 `text` is the plain text of the sample (turns joined by a newline, no role names), `row` the raw row (for a licence
-column), `content` the canonical content (`messages`, `text`, ...). Reasons are counted, so they are few and constant
-("too short", "licence not allowed"); what differs from row to row goes after ": ". Filters run in forked workers: they
-need not be picklable, and what they change in memory is lost.
+column), `sample` the canonical sample (`messages`, `text`, ..., `metadata`). Reasons are counted, so they are few and
+constant ("too short", "licence not allowed"); what differs from row to row goes after ": ". Filters run in forked
+workers: they need not be picklable, and what they change in memory is lost.
 
 A row whose metadata holds `parent` belongs to that conversation: all rows of one parent go to the same split.
+
+Files in the folder: NNNNNN.index, the rows of a chunk as INDEX; NNNNNN.json, its counts, written last; plan.json;
+expanded-*.jsonl, plain copies of compressed files, which then are read in chunks like all others.
 """
 
 from __future__ import annotations
 
+import gzip
+import mmap
+import shutil
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
-from mixture.formats import Content, Row
+import numpy as np
+import numpy.typing as npt
+import orjson
+import xxhash
+
+from mixture.fingerprints import fingerprints
+from mixture.formats import Content, Row, canonical_row
+from mixture.whole_files import remove_leftovers, whole_file, write_whole
+from mixture.workers import Report, run_tasks
+
+FORMAT_VERSION = 1
+"""Raised whenever the same rows give another index."""
+
+CHUNK_BYTES = 32 << 20
+BLOCK_BYTES = 256 << 10
+"""Rows that are fingerprinted together: small enough for a core's own cache."""
+MAX_LINE_BYTES = 32 << 20
+REJECTIONS_PER_REASON = 20
+"""Kept of each chunk."""
+EXCERPT_BYTES = 400
+MISFITS_TO_GIVE_UP = 1000
+COMPRESSED = (".gz", ".zst")
+
+NO_FORMAT = "fits no known format"
+NOT_JSON = "not valid JSON"
 
 Keep = Callable[[str, Row, Content], "str | None"]
-Report = Callable[[str], None]
+Index = npt.NDArray[Any]
+
+INDEX = np.dtype(
+    [
+        ("high", "<u8"),  # fingerprint of the content
+        ("low", "<u8"),
+        ("group", "<u8"),  # what decides the split: the prompt, or the parent conversation
+        ("offset", "<u4"),  # of the line in the chunk
+        ("size", "<u4"),  # of the line
+        ("line", "<u4"),  # number in the chunk
+        ("characters", "<u4"),
+        ("text_bytes", "<u4"),
+        ("prompt_bytes", "<u4"),
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +90,8 @@ class ScanSource:
     name: str
     files: tuple[Path, ...]
     category: str | None = None
+    format: str = "auto"
+    """Name of a format of formats.py where it is not to be detected."""
     keep: Keep | None = None
     keep_key: str = ""
     """Changes whenever `keep` does: a scan is taken up again only where sources, files and keep_key are the same."""
@@ -72,25 +122,446 @@ class Rejection:
     excerpt: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A byte range of one file; the lines that begin in it are its own."""
+
+    number: int
+    """Position among all chunks, which is the order of priority."""
+    source: ScanSource
+    file: Path
+    """What is read: the source's file, or its expanded copy."""
+    named: Path
+    """What messages name."""
+    file_number: int
+    """Among the source's files."""
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class ChunkCounts:
+    """What one chunk held."""
+
+    lines: int
+    read: int
+    kept: int
+    dropped: dict[str, int]
+    text_bytes: int
+    rejections: list[dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Scan:
     """A finished scan on disk."""
 
     folder: Path
-    sources: dict[str, SourceCounts]
+    key: str
+    chunks: tuple[Chunk, ...]
+
+    @cached_property
+    def counts(self) -> list[ChunkCounts]:
+        """Counts of each chunk."""
+        return [ChunkCounts(**orjson.loads(counts_file(self.folder, chunk).read_bytes())) for chunk in self.chunks]
+
+    @cached_property
+    def first_lines(self) -> list[int]:
+        """Number in its file, from 1, of each chunk's first line."""
+        numbers: list[int] = []
+        next_line = 1
+        for chunk, counts in zip(self.chunks, self.counts, strict=True):
+            next_line = 1 if chunk.start == 0 else next_line
+            numbers.append(next_line)
+            next_line += counts.lines
+        return numbers
+
+    @cached_property
+    def first_rows(self) -> list[int]:
+        """Number in its source, from 0, of each chunk's first line."""
+        numbers: list[int] = []
+        lines: Counter[str] = Counter()
+        for chunk, counts in zip(self.chunks, self.counts, strict=True):
+            numbers.append(lines[chunk.source.name])
+            lines[chunk.source.name] += counts.lines
+        return numbers
+
+    @cached_property
+    def sources(self) -> dict[str, SourceCounts]:
+        """Counts of each source, by name, in order of priority."""
+        names = dict.fromkeys(chunk.source.name for chunk in self.chunks)
+        return {name: self.source_counts(name) for name in names}
+
+    def source_counts(self, name: str) -> SourceCounts:
+        """Counts of one source over its chunks."""
+        own = [(chunk, self.counts[chunk.number]) for chunk in self.chunks if chunk.source.name == name]
+        dropped: Counter[str] = Counter()
+        for _, counts in own:
+            dropped.update(counts.dropped)
+        return SourceCounts(
+            read=sum(counts.read for _, counts in own),
+            kept=sum(counts.kept for _, counts in own),
+            dropped=dict(sorted(dropped.items())),
+            file_bytes=sum(chunk.end - chunk.start for chunk, _ in own),
+            text_bytes=sum(counts.text_bytes for _, counts in own),
+        )
+
+    def index(self, chunk: Chunk) -> Index:
+        """The kept rows of a chunk, in order, as INDEX."""
+        return np.fromfile(index_file(self.folder, chunk), INDEX)
 
     def rejections(self) -> Iterator[Rejection]:
-        """Rows left out, in the order of sources, files and lines; capped per chunk and reason."""
-        raise NotImplementedError
+        """Rows left out, in the order of sources, files and lines; the first ones of each chunk and reason."""
+        for chunk, counts, first_line in zip(self.chunks, self.counts, self.first_lines, strict=True):
+            for rejected in counts.rejections:
+                yield Rejection(
+                    source=chunk.source.name,
+                    file=chunk.named,
+                    line=first_line + rejected["line"],
+                    reason=rejected["reason"],
+                    detail=rejected["detail"],
+                    excerpt=rejected["excerpt"],
+                )
 
     def texts(self, sources: Iterable[str] | None = None) -> Iterator[tuple[int, str]]:
         """(row id, plain text) of kept rows, in order; ids are the uint64 that `find_duplicates` takes back."""
-        raise NotImplementedError
+        wanted = None if sources is None else set(sources)
+        for chunk in self.chunks:
+            if wanted is None or chunk.source.name in wanted:
+                index = self.index(chunk)
+                for row_id, line in zip(row_ids(chunk, index).tolist(), lines_of(chunk, index), strict=True):
+                    yield row_id, plain_text(canonical_row(orjson.loads(line), "", "", None, chunk.source.format))[0]
+
+
+def row_ids(chunk: Chunk, index: Index) -> npt.NDArray[np.uint64]:
+    """Ids of a chunk's rows: ascending in the order of sources, files and lines."""
+    return index["line"].astype(np.uint64) + np.uint64(chunk.number << 32)
+
+
+def index_file(folder: Path, chunk: Chunk) -> Path:
+    return folder / f"{chunk.number:06d}.index"
+
+
+def counts_file(folder: Path, chunk: Chunk) -> Path:
+    return folder / f"{chunk.number:06d}.json"
+
+
+# --- scanning
 
 
 def scan_sources(sources: Sequence[ScanSource], folder: Path, *, workers: int, report: Report) -> Scan:
     """Scan all sources into `folder`, taking up what an earlier, killed scan had finished.
 
-    ValueError: a file that is missing or cut off. Rows that cannot be read are counted and kept as rejections.
+    ValueError: a file that is missing or cut off, or a source in which no row fits a known format. Other rows that
+    cannot be read are counted and kept as rejections.
     """
-    raise NotImplementedError
+    key = scan_key(sources)
+    forget_other_scan(folder, key)
+    remove_leftovers(folder)
+    files = [(source, number, file) for source in sources for number, file in enumerate(source.files)]
+    compressed = [file for _, _, file in files if file.suffix in COMPRESSED and not expanded(folder, file).exists()]
+    run_tasks(partial(expand, folder), compressed, workers=workers, label="decompressing", report=report)
+    chunks: list[Chunk] = []
+    for source, number, file in files:
+        chunks += file_chunks(source, number, file, folder, first=len(chunks))
+    scan = Scan(folder, key, tuple(chunks))
+    missing = [chunk for chunk in chunks if not counts_file(folder, chunk).exists()]
+    if 0 < len(missing) < len(chunks):
+        report(f"scan: {len(chunks) - len(missing)} of {len(chunks)} chunks are there already")
+    run_tasks(partial(scan_chunk, folder), missing, workers=workers, label="scan", report=report)
+    for source in sources:
+        check_any_row_fits(scan, source)
+    return scan
+
+
+def scan_key(sources: Sequence[ScanSource]) -> str:
+    """16 hex digits over all that shapes the index: names, formats, filters, and the files' sizes and times."""
+    parts: list[Any] = [FORMAT_VERSION, CHUNK_BYTES, MAX_LINE_BYTES]
+    for source in sources:
+        files = [[str(file), *size_and_time(source, file)] for file in source.files]
+        parts.append([source.name, source.format, source.keep_key, files])
+    return xxhash.xxh3_64_hexdigest(orjson.dumps(parts))
+
+
+def size_and_time(source: ScanSource, file: Path) -> tuple[int, int]:
+    """Size and time of last change of a file; ValueError where there is none."""
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise ValueError(f"source {source.name}: cannot read {file}: {error.strerror}") from error
+    return status.st_size, status.st_mtime_ns
+
+
+def forget_other_scan(folder: Path, key: str) -> None:
+    """Empty the folder where it holds a scan of other files or filters."""
+    plan = folder / "plan.json"
+    if plan.exists() and orjson.loads(plan.read_bytes()) == key:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_whole(plan, orjson.dumps(key))
+
+
+def expanded(folder: Path, file: Path) -> Path:
+    """Where the plain copy of a compressed file lies."""
+    return folder / f"expanded-{xxhash.xxh3_64_hexdigest(str(file).encode())}.jsonl"
+
+
+def expand(folder: Path, file: Path) -> None:
+    """Decompress a file as a stream, so that its chunks can be read in any order; ValueError where it is cut off."""
+    damaged = f"{file} is cut off or damaged ({{}}); remove it and fetch it again"
+    with open_compressed(file) as stream, whole_file(expanded(folder, file)) as output:
+        while True:
+            try:
+                block = stream.read(1 << 20)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise ValueError(damaged.format(error)) from error
+            except OSError as error:  # what pyarrow raises for damaged data has no errno
+                if error.errno is not None:
+                    raise
+                raise ValueError(damaged.format(error)) from error
+            if not block:
+                return
+            output.write(block)
+
+
+def open_compressed(file: Path) -> Any:
+    """The decompressed bytes of a .gz or .zst file."""
+    if file.suffix == ".gz":
+        return gzip.open(file, "rb")
+    import pyarrow as pa
+
+    return pa.CompressedInputStream(pa.OSFile(str(file), "rb"), "zstd")
+
+
+def file_chunks(source: ScanSource, number: int, file: Path, folder: Path, *, first: int) -> list[Chunk]:
+    """The chunks of one file; an empty file has one, with no rows."""
+    read = expanded(folder, file) if file.suffix in COMPRESSED else file
+    size = read.stat().st_size
+    return [
+        Chunk(
+            number=first + position,
+            source=source,
+            file=read,
+            named=file,
+            file_number=number,
+            start=start,
+            end=min(start + CHUNK_BYTES, size),
+        )
+        for position, start in enumerate(range(0, max(size, 1), CHUNK_BYTES))
+    ]
+
+
+def check_any_row_fits(scan: Scan, source: ScanSource) -> None:
+    """ValueError with a row and its columns where all rows of a source fit no known format."""
+    counts = scan.sources[source.name]
+    if counts.read and counts.dropped.get(NO_FORMAT) == counts.read:
+        first = next(item for item in scan.rejections() if item.source == source.name)
+        raise ValueError(f"source {source.name}: none of {counts.read} rows {NO_FORMAT}.\n{first.file}: {first.detail}")
+
+
+# --- one chunk
+
+
+def scan_chunk(folder: Path, chunk: Chunk) -> None:
+    """Write the index and the counts of a chunk."""
+    reader = ChunkReader(chunk)
+    with whole_file(index_file(folder, chunk)) as output:
+        for lines, first_offset in blocks(chunk):
+            output.write(reader.read_block(lines, first_offset).tobytes())
+    write_whole(counts_file(folder, chunk), orjson.dumps(asdict(reader.counts())))
+
+
+def blocks(chunk: Chunk) -> Iterator[tuple[list[bytes | int], int]]:
+    """The chunk's lines, about BLOCK_BYTES at a time, with the offset of the first from the chunk's start.
+
+    A line longer than MAX_LINE_BYTES comes as its size, and is never in memory.
+    """
+    if chunk.end == 0:
+        return
+    with chunk.file.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        size = len(data)
+        position = chunk.start
+        if chunk.start:
+            newline = data.find(b"\n", chunk.start - 1)
+            position = size if newline < 0 else newline + 1
+        while position < chunk.end:
+            newline = data.rfind(b"\n", position, min(position + BLOCK_BYTES, chunk.end))
+            if newline < 0:
+                newline = data.find(b"\n", position)
+                end = size if newline < 0 else newline + 1
+            else:
+                end = newline + 1
+            if end - position > MAX_LINE_BYTES:
+                yield [end - position], position - chunk.start
+            else:
+                lines: list[bytes | int] = [*data[position:end].split(b"\n")]
+                if lines[-1] == b"":
+                    lines.pop()
+                yield lines, position - chunk.start
+            position = end
+
+
+class ChunkReader:
+    """Reads the rows of one chunk and counts what becomes of them."""
+
+    def __init__(self, chunk: Chunk) -> None:
+        self.chunk = chunk
+        self.lines = 0
+        self.read = 0
+        self.kept = 0
+        self.text_bytes = 0
+        self.dropped: Counter[str] = Counter()
+        self.rejections: list[dict[str, Any]] = []
+
+    def read_block(self, lines: list[bytes | int], first_offset: int) -> Index:
+        """The index rows of the lines that are kept."""
+        source = self.chunk.source
+        keep, name, category, row_format = source.keep, source.name, source.category, source.format
+        texts: list[str] = []
+        prompts: list[int] = []
+        places: list[tuple[int, int, int]] = []
+        parents: list[tuple[int, int]] = []
+        offset = first_offset
+        for number, line in enumerate(lines, self.lines):
+            if isinstance(line, int):
+                self.reject(number, f"line too long: {line} bytes, at most {MAX_LINE_BYTES}", b"")
+                continue
+            begin, offset = offset, offset + len(line) + 1
+            try:
+                row = orjson.loads(line)
+            except orjson.JSONDecodeError as error:
+                if line.strip():
+                    self.reject(number, unreadable(line, error), line)
+                continue
+            try:
+                sample = canonical_row(row, name, "", category, row_format)
+                text, prompt = plain_text(sample)
+            except ValueError as error:
+                self.reject(number, misfit(row, error), line)
+                continue
+            if keep is not None and (reason := keep(text, row, sample)) is not None:
+                self.reject(number, reason, line)
+                continue
+            if (parent := sample["metadata"].get("parent")) is not None:
+                parents.append((len(texts), xxhash.xxh3_64_intdigest(str(parent).encode())))
+            texts.append(text)
+            prompts.append(prompt)
+            places.append((begin, len(line), number))
+        self.lines += len(lines)
+        return self.index(texts, prompts, places, parents)
+
+    def index(
+        self,
+        texts: list[str],
+        prompts: list[int],
+        places: list[tuple[int, int, int]],
+        parents: list[tuple[int, int]],
+    ) -> Index:
+        """Index rows of kept texts."""
+        index = np.empty(len(texts), INDEX)
+        if not texts:
+            return index
+        found = fingerprints(texts, prompts)
+        index["high"], index["low"] = found.content[:, 0], found.content[:, 1]
+        index["group"] = np.where(np.array(prompts) > 0, found.prompt, found.content[:, 1])
+        for row, parent in parents:
+            index["group"][row] = parent
+        index["offset"], index["size"], index["line"] = np.array(places, np.uint32).T
+        index["characters"] = [len(text) for text in texts]
+        index["text_bytes"] = [utf8_bytes(text) for text in texts]
+        index["prompt_bytes"] = [
+            prompt if text.isascii() else len(text[:prompt].encode())
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
+        self.kept += len(texts)
+        self.text_bytes += int(index["text_bytes"].sum(dtype=np.int64))
+        return index
+
+    def reject(self, number: int, why: str, line: bytes) -> None:
+        """Count a row that is left out, and keep the first ones of each reason."""
+        reason, _, detail = why.partition(": ")
+        self.dropped[reason] += 1
+        if self.dropped[reason] <= REJECTIONS_PER_REASON:
+            excerpt = line[:EXCERPT_BYTES].decode(errors="replace")
+            self.rejections.append({"line": number, "reason": reason, "detail": detail, "excerpt": excerpt})
+        if reason == NO_FORMAT and self.dropped[reason] == number + 1 == MISFITS_TO_GIVE_UP and self.chunk.start == 0:
+            source = self.chunk.source.name
+            raise ValueError(f"source {source}: none of the first {number + 1} rows {NO_FORMAT}.\n{detail}")
+
+    def counts(self) -> ChunkCounts:
+        """Counts of the whole chunk."""
+        dropped = dict(sorted(self.dropped.items()))
+        read = self.kept + self.dropped.total()
+        return ChunkCounts(self.lines, read, self.kept, dropped, self.text_bytes, self.rejections)
+
+
+def unreadable(line: bytes, error: Exception) -> str:
+    """Why a line is no JSON."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as wrong:
+        return f"not valid UTF-8: {wrong.reason} at byte {wrong.start} of the line"
+    return f"{NOT_JSON}: {error}"
+
+
+def misfit(row: Any, error: ValueError) -> str:
+    """Why a row is in no format that is known."""
+    return f"{NO_FORMAT}: {error}" if isinstance(row, dict) else f"not a JSON object: {type(row).__name__}"
+
+
+def plain_text(sample: Content) -> tuple[str, int]:
+    """The text of a sample, and how many characters of it are the prompt: all before the first answer.
+
+    Turns are joined by a newline. A plain text has no prompt.
+    """
+    messages = sample.get("messages")
+    if messages is not None:
+        return turns_text(messages)
+    text = sample.get("text")
+    if text is not None:
+        return text, 0
+    if "input_ids" in sample:
+        return " ".join(map(str, sample["input_ids"])), 0
+    asked = flat(sample["prompt"])
+    answers = [flat(sample[key]) for key in ("chosen", "rejected") if key in sample]
+    return "\n".join([asked, *answers]), len(asked)
+
+
+def turns_text(messages: Sequence[Content]) -> tuple[str, int]:
+    """Contents of turns, joined by a newline, and how many characters come before the first answer."""
+    contents = [message["content"] for message in messages]
+    try:
+        text = "\n".join(contents)
+    except TypeError:  # contents given as parts, or none
+        contents = [content if isinstance(content, str) else parts_text(content) for content in contents]
+        text = "\n".join(contents)
+    prompt = -1
+    for message, content in zip(messages, contents, strict=True):
+        if message["role"] == "assistant":
+            break
+        prompt += len(content) + 1
+    return text, max(prompt, 0)
+
+
+def flat(value: Any) -> str:
+    """A text, or the contents of messages."""
+    return value if isinstance(value, str) else turns_text(value)[0]
+
+
+def parts_text(content: Any) -> str:
+    """The texts in a content given as parts, images and the like left out."""
+    return "".join(part.get("text") or "" for part in content or [])
+
+
+def utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def lines_of(chunk: Chunk, index: Index) -> Iterator[bytes]:
+    """The raw lines of index rows."""
+    if not len(index):
+        return
+    with chunk.file.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        starts = (index["offset"].astype(np.int64) + chunk.start).tolist()
+        for start, size in zip(starts, index["size"].tolist(), strict=True):
+            yield data[start : start + size]

@@ -1,0 +1,47 @@
+"""Files that are there whole or not at all, however their writer ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def whole_file(path: Path, *, synced: bool = False) -> Iterator[BinaryIO]:
+    """A file to write, renamed to `path` when the block ends well and removed when it does not.
+
+    `synced`: on the disk before it is renamed, so that it outlasts a power cut. OSError says what a full disk needs.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+            if synced:
+                file.flush()
+                os.fsync(file.fileno())
+        unfinished.rename(path)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                error.errno, f"the disk is full: make room in {path.parent} and start again; what is done is kept"
+            ) from error
+        raise
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file whole."""
+    with whole_file(path) as file:
+        file.write(content)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished files of processes that were killed."""
+    for file in folder.glob(".*"):
+        process = file.name.rpartition(".")[2]
+        if process.isdigit() and not Path("/proc", process).exists():
+            file.unlink(missing_ok=True)
