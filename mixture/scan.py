@@ -439,9 +439,14 @@ class ChunkReader:
             except ValueError as error:
                 self.reject(number, misfit(row, error), line)
                 continue
-            if keep is not None and (reason := keep(text, row, sample)) is not None:
-                self.reject(number, reason, line)
-                continue
+            if keep is not None:
+                try:
+                    reason = keep(text, row, sample)
+                except ValueError as error:
+                    raise ValueError(f"{self.chunk.named}, line {line_number(self.chunk, begin)}: {error}") from error
+                if reason is not None:
+                    self.reject(number, reason, line)
+                    continue
             if (parent := sample["metadata"].get("parent")) is not None:
                 parents.append((len(texts), xxhash.xxh3_64_intdigest(str(parent).encode())))
             texts.append(text)
@@ -493,6 +498,17 @@ class ChunkReader:
         dropped = dict(sorted(self.dropped.items()))
         read = self.kept + self.dropped.total()
         return ChunkCounts(self.lines, read, self.kept, dropped, self.text_bytes, self.rejections)
+
+
+def line_number(chunk: Chunk, offset: int) -> int:
+    """Number in its file, from 1, of the line at an offset of the chunk; reads the file up to there."""
+    with chunk.file.open("rb") as file:
+        left, lines = chunk.start + offset, 1
+        while left:
+            block = file.read(min(left, 1 << 20))
+            left -= len(block)
+            lines += block.count(b"\n")
+    return lines
 
 
 def unreadable(line: bytes, error: Exception) -> str:

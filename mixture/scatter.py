@@ -15,7 +15,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -37,6 +37,7 @@ FORMAT_VERSION = 1
 
 BUCKET_BYTES = 32 << 20
 """Rows that are put in order in memory."""
+MEGABYTE = 1 << 20
 SPLITS = ("train", "test")
 Layout = Literal["mixed", "categories"]
 Keys = npt.NDArray[np.uint64]
@@ -90,7 +91,9 @@ class Draw:
     """How often the rows of one source and split occur."""
 
     epochs: int
-    """Occurrences of every row."""
+    """Occurrences of every row of the pool."""
+    pool_key: int
+    """Rows whose selection key is not above this are the pool."""
     last_key: int | None
     """Rows whose selection key is not above this occur once more."""
     last_short_key: int | None = None
@@ -134,6 +137,7 @@ def scatter(
     output: Path,
     *,
     seed: int,
+    distinct: Mapping[tuple[str, str], int] | None = None,
     stages: ShortPromptsFirst | None = None,
     layout: Layout = "mixed",
     compress: Literal["zstd"] | None = None,
@@ -144,10 +148,11 @@ def scatter(
     """Write exactly `rows[(split, source)]` rows of each, in a seeded global order, as JSONL parts under `output`.
 
     More rows than a source has: whole epochs, then a remainder without replacement, the first by keyed permutation.
+    `distinct`: draw from at most this many different rows, where it is fewer than there are.
     The same rows, seed and settings give the same bytes, whatever the number of workers and interruptions. Temporary
     disk: about the size of the output, under the scan's folder.
     """
-    order = Order(unique, dict(rows), seed, stages, layout, compress, part_megabytes << 20)
+    order = Order(unique, dict(rows), dict(distinct or {}), seed, stages, layout, compress, part_megabytes * MEGABYTE)
     output.mkdir(parents=True, exist_ok=True)
     done = read_written(output, order.key)
     if done is not None:
@@ -196,6 +201,7 @@ class Order:
         self,
         unique: UniqueRows,
         rows: dict[tuple[str, str], int],
+        distinct: dict[tuple[str, str], int],
         seed: int,
         stages: ShortPromptsFirst | None,
         layout: Layout,
@@ -205,6 +211,7 @@ class Order:
         self.unique = unique
         self.scan = unique.scan
         self.rows = {place: count for place, count in rows.items() if count}
+        self.distinct = {place: count for place, count in distinct.items() if place in self.rows}
         self.seed = seed
         self.stages = stages
         self.layout: Layout = layout
@@ -212,7 +219,8 @@ class Order:
         self.part_bytes = part_bytes
         self.draws: dict[tuple[str, str], Draw] = {}
         self.opened: dict[int, ChunkRows] = {}
-        settings = [FORMAT_VERSION, unique.key, sorted(self.rows.items()), seed, layout, compress, part_bytes]
+        wanted = [sorted(self.rows.items()), sorted(self.distinct.items())]
+        settings = [FORMAT_VERSION, unique.key, wanted, seed, layout, compress, part_bytes]
         stage = None if stages is None else stages.share
         categories = sorted((chunk.source.name, chunk.source.category) for chunk in self.scan.chunks)
         self.key = f"{salt(settings, stage, dict(categories)):016x}"
@@ -228,6 +236,8 @@ class Order:
             if available is None:
                 known = ", ".join(f"{split}/{name}" for split, name in self.unique.available)
                 raise ValueError(f"{count} rows asked of {split}/{source}, which is not in the mixture; known: {known}")
+            if self.distinct.get((split, source), 1) < 1:
+                raise ValueError(f"at most 0 distinct rows of {split}/{source}, but {count} rows of it: ask for none")
             if not available.rows:
                 raise ValueError(f"{count} rows asked of {split}/{source}, which has none after filters and duplicates")
 
@@ -300,18 +310,19 @@ class Order:
         draws: dict[tuple[str, str], Draw] = {}
         for (split, source), count in self.rows.items():
             available = self.unique.available[split, source].rows
-            epochs, remainder = divmod(count, available)
+            pool = min(self.distinct.get((split, source), available), available)
+            epochs, remainder = divmod(count, pool)
             keys = partial(self.all_selection_keys, split, source)
-            draws[split, source] = Draw(epochs=epochs, last_key=lowest(keys, remainder, available))
+            pool_key = lowest(keys, pool, available)
+            assert pool_key is not None
+            draws[split, source] = Draw(epochs=epochs, pool_key=pool_key, last_key=lowest(keys, remainder, available))
         if self.stages and self.layout == "mixed":
             for source in self.drawn("train"):
                 draw = draws["train", source]
                 keys = partial(self.all_short_keys, source, draw)
                 short = sum(len(batch) for batch in keys())
                 wanted = min(round(self.rows["train", source] * self.stages.share), short)
-                draws["train", source] = Draw(
-                    epochs=draw.epochs, last_key=draw.last_key, last_short_key=lowest(keys, wanted, short)
-                )
+                draws["train", source] = replace(draw, last_short_key=lowest(keys, wanted, short))
         self.draws = draws
 
     def split_rows(self, split: str, chunk: Chunk) -> Index:
@@ -338,9 +349,10 @@ class Order:
 
     def occurrences(self, draw: Draw, chunk: Chunk, rows: Index) -> tuple[npt.NDArray[np.int64], Keys]:
         """For each occurrence, the position of its row among `rows`, and its epoch."""
-        copies = np.full(len(rows), draw.epochs, np.int64)
+        keys = self.selection_keys(chunk, rows)
+        copies = draw.epochs * (keys <= np.uint64(draw.pool_key)).astype(np.int64)
         if draw.last_key is not None:
-            copies += self.selection_keys(chunk, rows) <= np.uint64(draw.last_key)
+            copies += keys <= np.uint64(draw.last_key)
         which = np.repeat(np.arange(len(rows)), copies)
         firsts = np.repeat(np.cumsum(copies) - copies, copies)
         return which, (np.arange(len(which)) - firsts).astype(np.uint64)
@@ -636,8 +648,8 @@ def write_written(output: Path, key: str, written: WrittenMixture) -> None:
 def read_written(output: Path, key: str) -> WrittenMixture | None:
     """What parts.json tells, where all parts of the same mixture are there."""
     file = output / "parts.json"
-    content = orjson.loads(file.read_bytes()) if file.exists() else {"key": None}
-    if content["key"] != key:
+    content: dict[str, Any] = orjson.loads(file.read_bytes()) if file.exists() else {}
+    if content.get("key") != key:
         return None
     parts = [WrittenPart(**part) for part in content["parts"]]
     if not all((output / part.file).exists() for part in parts):

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextmanager
 def whole_file(path: Path, *, synced: bool = False) -> Iterator[BinaryIO]:
@@ -26,7 +28,7 @@ def whole_file(path: Path, *, synced: bool = False) -> Iterator[BinaryIO]:
         unfinished.rename(path)
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in FULL:
             raise OSError(
                 error.errno, f"the disk is full: make room in {path.parent} and start again; what is done is kept"
             ) from error

@@ -71,8 +71,7 @@ def work(function: Callable[[Task], None], tasks: Sequence[Task], taken: Any, er
         try:
             function(tasks[number])
         except Exception as error:
-            error.__cause__ = None
-            errors.send((type(error), error.args, traceback.format_exc()))
+            errors.send((type(error), error.args, str(error), traceback.format_exc()))
             os._exit(1)
 
 
@@ -94,9 +93,11 @@ def wait_for(processes: Sequence[Any], errors: Connection, taken: Any, count: in
 def raise_failure(exitcode: int, errors: Connection, label: str) -> None:
     """Raise a worker's exception as its own type, so that users see the same with one worker and with many."""
     if errors.poll():
-        kind, arguments, trace = errors.recv()
-        if issubclass(kind, (ValueError, OSError)):
+        kind, arguments, message, trace = errors.recv()
+        if issubclass(kind, OSError):
             raise kind(*arguments)
+        if issubclass(kind, ValueError):
+            raise ValueError(message)
         raise RuntimeError(f"{label} failed in a worker:\n{trace}")
     if exitcode < 0:
         name = signal.Signals(-exitcode).name
