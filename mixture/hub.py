@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,22 +28,80 @@ class HubSource:
     id: str | None
     """Hub id. None: the rows are made by the module itself."""
     revision: str | None = None
-    """Full commit hash on the hub."""
+    """Full commit hash on the hub. None: the newest, settled and recorded when it is fetched."""
     config: str | None = None
     """Configuration of the hub data set."""
-    licence: str
-    """Licence by its SPDX name, with what a user must know about it."""
-    commercial_use: bool
-    """Whether the licence allows commercial use."""
+    licence: str | None
+    """Licence by its SPDX name, with what a user must know about it. None: none is stated."""
+    commercial_use: bool | None
+    """Whether the licence allows commercial use. None: not known, or it differs from row to row."""
     format: str
     """Row format, by its name in mixture.formats."""
-    rows: dict[str, int] = field(default_factory=dict)
-    """Rows in each split on the hub."""
-    files: dict[str, str] | None = None
-    """Files to read of each split, where the hub's own choice is wrong."""
+    rows: dict[str, int | None] = field(default_factory=dict)
+    """The splits, by the names to ask for them with, and their rows; None where the number is not known."""
+    splits: dict[str, str] = field(default_factory=dict)
+    """Names on the hub of those splits that have another one there."""
+    files: dict[str, str | list[str]] | None = None
+    """Files to read of each split, by its name on the hub, as patterns: where the hub's own choice is wrong."""
+    columns: list[str] | None = None
+    """Columns to read of Parquet files; in a mixture, nothing else is fetched. None: all."""
+    gated: bool = False
+    """Whether one must accept terms on the hub first, and show a token."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Keys that a user may set, with their defaults; `{key}` in `config` and `files` stands for the value."""
+    fallback: list[dict[str, Any]] = field(default_factory=list)
+    """What to read instead where this cannot be had, in order: the fields that differ."""
+
+    def candidates(self, options: Mapping[str, Any] | None = None) -> list[HubSource]:
+        """This source and its fallbacks, with the user's options filled in."""
+        values = {key: str((options or {}).get(key) or default) for key, default in self.options.items()}
+        return [
+            replace(source, config=filled(source.config, values), files=filled(source.files, values), fallback=[])
+            for source in (self, *(replace(self, **fields) for fields in self.fallback))
+        ]
+
+    def split_on_hub(self, split: str) -> str:
+        """The name that a split has on the hub; ValueError names the splits where there is none of that name."""
+        if self.rows and split not in self.rows:
+            raise ValueError(
+                f"{self.id} on the hub has no split {split!r}, only {', '.join(self.rows)}: "
+                "set dataset.train_split or dataset.test_split, in a mixture the source's split"
+            )
+        return self.splits.get(split, split)
 
 
-def load_source(source: HubSource, dataset_config: Any, split: str, split_ratio: float = 0.9) -> Any:
+ReadRows = Callable[[Iterable[dict[str, Any]]], Iterable[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class HubRows:
+    """A dataset module's `get_custom_dataset` in one line: the rows of a HubSource, or of `dataset.data_files`.
+
+    `read_rows` turns the rows as they are stored into rows of a known format; it may leave rows out or make several
+    of one. A mixture asks it for the same rows without loading a split whole.
+    """
+
+    source: HubSource
+    read_rows: ReadRows | None = None
+
+    def __call__(self, dataset_config: Any, processor: Any, split: str, split_ratio: float = 0.9) -> Any:
+        return load_source(self.source, dataset_config, split, split_ratio, self.read_rows)
+
+
+def filled(value: Any, options: Mapping[str, str]) -> Any:
+    """The value with each `{key}` in its texts replaced."""
+    if isinstance(value, str):
+        for key, text in options.items():
+            value = value.replace(f"{{{key}}}", text)
+        return value
+    if isinstance(value, Mapping):
+        return {key: filled(item, options) for key, item in value.items()}
+    return [filled(item, options) for item in value] if isinstance(value, list) else value
+
+
+def load_source(
+    source: HubSource, dataset_config: Any, split: str, split_ratio: float = 0.9, read_rows: ReadRows | None = None
+) -> Any:
     """The rows of one split as a Hugging Face Dataset, from `dataset.data_files` if set, else from the hub.
 
     Where there is one set of rows for both splits, `split_ratio` of the distinct rows go to `dataset.train_split` and
@@ -51,28 +110,64 @@ def load_source(source: HubSource, dataset_config: Any, split: str, split_ratio:
     """
     data_files = dataset_config.get("data_files")
     if data_files and not isinstance(data_files, Mapping):
-        return split_part(read_files(as_list(data_files)), dataset_config, split, split_ratio)
+        return split_part(converted(read_files(as_list(data_files)), read_rows), dataset_config, split, split_ratio)
     if not data_files and len(source.rows) == 1:
-        return split_part(read_hub(source, *source.rows), dataset_config, split, split_ratio)
-    present = data_files or source.rows
-    if split not in present:
-        place = "dataset.data_files" if data_files else f"{source.id} on the hub"
+        rows = read_hub(source, next(iter(source.rows)), dataset_config)
+        return split_part(converted(rows, read_rows), dataset_config, split, split_ratio)
+    if data_files and split not in data_files:
         raise ValueError(
-            f"{place} has no split {split!r}, only {', '.join(present)}: set dataset.train_split or dataset.test_split"
+            f"dataset.data_files has no split {split!r}, only {', '.join(data_files)}: "
+            "set dataset.train_split or dataset.test_split"
         )
+    if not data_files:
+        source.split_on_hub(split)
     if dataset_config.get("split_ratio") is not None:
         raise ValueError(
-            f"dataset.split_ratio has no effect: the data has its own splits {', '.join(present)}; remove the key"
+            "dataset.split_ratio has no effect: the data has its own splits "
+            f"{', '.join(data_files or source.rows)}; remove the key"
         )
-    return read_files(as_list(data_files[split])) if data_files else read_hub(source, split)
+    rows = read_files(as_list(data_files[split])) if data_files else read_hub(source, split, dataset_config)
+    return converted(rows, read_rows)
 
 
-def read_hub(source: HubSource, split: str) -> Any:
-    """One split from the hub, at the pinned revision."""
+def converted(rows: Any, read_rows: ReadRows | None) -> Any:
+    """The rows of a Dataset as the module reads them, in a Dataset again."""
+    if read_rows is None:
+        return rows
+
+    def convert(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        stored = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        read = list(read_rows(stored))
+        columns = dict.fromkeys(column for row in read for column in row)
+        return {column: [row.get(column) for row in read] for column in columns}
+
+    return rows.map(convert, batched=True, remove_columns=rows.column_names)
+
+
+def read_hub(source: HubSource, split: str, options: Any = None) -> Any:
+    """One split from the hub, at the pinned revision, or else from the first fallback that can be had."""
     from datasets import load_dataset
 
     assert source.id is not None
-    return load_dataset(source.id, source.config, split=split, revision=source.revision, data_files=source.files)
+    failures: list[str] = []
+    for candidate in source.candidates(options):
+        try:
+            rows = load_dataset(
+                candidate.id,
+                candidate.config,
+                split=candidate.split_on_hub(split),
+                revision=candidate.revision,
+                data_files=candidate.files,
+            )
+        except Exception as error:
+            if not source.fallback:
+                raise
+            failures.append(f"{candidate.id}: {type(error).__name__}: {error}")
+            continue
+        if failures:
+            warnings.warn(f"reading {candidate.id} instead of: {'; '.join(failures)}", stacklevel=2)
+        return rows
+    raise ValueError("none of the sources can be had: " + "; ".join(failures))
 
 
 def read_files(files: list[str]) -> Any:
