@@ -38,6 +38,13 @@ class DatasetConfig:
     packing: bool = True
     """Put several samples into one row of `max_length` tokens, without attention across samples."""
 
+    shard_size_mb: int = 2048
+    """Largest size of a Parquet shard of token rows, in MiB."""
+
+    tokenizer_backend: Literal["auto", "huggingface", "fastokens", "gigatoken"] = "auto"
+    """What reads the tokenizer.json. `auto` takes a faster reader where one is installed and gives Hugging Face's
+    ids for the data's first rows."""
+
     data_files: str | list[str] | dict[str, Any] | None = None
     """Local files with the module's columns, read instead of the hub: a path, a list of paths, or
     {split: path or paths}."""
@@ -52,5 +59,7 @@ class DatasetConfig:
             raise ValueError(f"dataset.split_ratio must lie between 0 and 1, got {self.split_ratio}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"dataset.limit must be at least 1, got {self.limit}")
+        if self.shard_size_mb < 1:
+            raise ValueError(f"dataset.shard_size_mb must be at least 1, got {self.shard_size_mb}")
         if self.max_length < 8:
             raise ValueError(f"dataset.max_length must be at least 8 tokens, got {self.max_length}")

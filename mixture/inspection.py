@@ -54,6 +54,7 @@ class DatasetReport:
 
 def check_dataset(request: PreparationRequest) -> DatasetReport:
     """Load two rows of each split and make tokens of them; ValueError as the prepare step would raise it."""
+    assert request.module is not None, "a mixture's rows come from no module"
     check_module(request.module)
     tokenizer = load_tokenizer(request)
     limit = min(ROWS_SHOWN, request.dataset.limit or ROWS_SHOWN)
@@ -65,11 +66,13 @@ def check_dataset(request: PreparationRequest) -> DatasetReport:
     collator = data_collator(request.module, tokenizer, dataset)
     score = score_function(request.module)
     objects = {"get_data_collator's result": collator, "score": score}
+    source = request.module.path.stem
     return DatasetReport(
         module=request.module.path,
         splits={
             split: [
-                report_row(request, tokenizer, row, f"{split}-{index}") for index, row in enumerate(islice(rows, 2))
+                report_row(request, tokenizer, row, source=source, row_id=f"{split}-{index}")
+                for index, row in enumerate(islice(rows, 2))
             ]
             for split, rows in loaded.items()
         },
@@ -80,7 +83,9 @@ def check_dataset(request: PreparationRequest) -> DatasetReport:
     )
 
 
-def report_row(request: PreparationRequest, tokenizer: Any, row: Mapping[str, Any], row_id: str) -> RowReport:
+def report_row(
+    request: PreparationRequest, tokenizer: Any, row: Mapping[str, Any], *, source: str, row_id: str
+) -> RowReport:
     """The report on one row."""
     renderer = Renderer(
         tokenizer,
@@ -88,7 +93,7 @@ def report_row(request: PreparationRequest, tokenizer: Any, row: Mapping[str, An
         max_length=request.dataset.max_length,
         over_length=request.dataset.over_length,
     )
-    token_rows = renderer.token_rows([canonical_sample(row, source=request.module.path.stem, row_id=row_id)])
+    token_rows = renderer.token_rows([canonical_sample(row, source=source, row_id=row_id)])
     tokens = sum(len(token_row.input_ids) for token_row in token_rows)
     labelled = sum(int(token_row.loss_mask[1:].sum()) for token_row in token_rows)
     return RowReport(

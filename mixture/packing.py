@@ -1,20 +1,27 @@
-"""Best-fit decreasing over the whole data set: several samples in each row of fixed length."""
+"""Best-fit decreasing: several samples in each row of fixed length, over the whole data set or stage by stage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+WINDOW = 20_000
+"""Samples packed together inside a stage: packs are as full as over the whole stage, to a tenth of a percent."""
+
 
 @dataclass(frozen=True)
 class Packs:
-    """Which samples share a row: pack i holds `indices[starts[i]:starts[i + 1]]`, int32 sample indices."""
+    """Which samples share a row: pack i holds `indices[starts[i]:starts[i + 1]]`, int32 sample indices.
+
+    `stages`: the first pack of each stage; packs are trained in the order of stages, in any order inside one.
+    """
 
     indices: npt.NDArray[np.int32]
     starts: npt.NDArray[np.int64]
+    stages: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -28,9 +35,32 @@ class Packs:
         return (self[pack] for pack in range(len(self)))
 
 
-def single_packs(count: int) -> Packs:
+def single_packs(count: int, stages: Sequence[int] = (0,)) -> Packs:
     """One sample in each pack, for runs without packing."""
-    return Packs(np.arange(count, dtype=np.int32), np.arange(count + 1, dtype=np.int64))
+    return Packs(np.arange(count, dtype=np.int32), np.arange(count + 1, dtype=np.int64), np.array(stages, np.int64))
+
+
+def staged_packs(
+    lengths: npt.NDArray[np.integer], capacity: int, stages: Sequence[int], *, window: int = WINDOW
+) -> Packs:
+    """Packs that never cross a stage, in the order of the samples to within `window` of them.
+
+    `stages`: the first sample of each stage, ascending from 0. A single stage is packed as a whole. ValueError as in
+    `best_fit_packs`.
+    """
+    if len(stages) == 1:
+        return best_fit_packs(lengths, capacity)
+    indices, starts, firsts = [np.empty(0, np.int32)], [np.zeros(1, np.int64)], []
+    packed = samples = 0
+    for first, end in zip(stages, [*stages[1:], len(lengths)], strict=True):
+        firsts.append(packed)
+        for begin in range(first, end, window):
+            packs = best_fit_packs(lengths[begin : min(begin + window, end)], capacity)
+            indices.append(packs.indices + np.int32(begin))
+            starts.append(packs.starts[1:] + samples)
+            samples += len(packs.indices)
+            packed += len(packs)
+    return Packs(np.concatenate(indices), np.concatenate(starts), np.array(firsts, np.int64))
 
 
 def best_fit_packs(lengths: npt.NDArray[np.integer], capacity: int) -> Packs:

@@ -1,54 +1,68 @@
-"""The prepare step: rows of a dataset module to JSONL, token shards and packs, done once for each data key."""
+"""The prepare step: a dataset module's rows or a mixture to token shards and packs, done once for each data key."""
 
 from __future__ import annotations
 
 import ast
+import io
 import os
+import re
 import shutil
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import orjson
+import pyarrow
 import xxhash
 
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile, load_rows, parse_module, score_function
 from mixture.formats import Sample, canonical_sample, detect_format
-from mixture.packing import best_fit_packs, single_packs
+from mixture.packing import single_packs, staged_packs
 from mixture.render import OVER_LENGTH_DEFAULT, Objective, Renderer, generation_prompt
 from mixture.shards import TokenWriter, write_packs
+from mixture.tokenising import NOTHING, LineBatch, SourceStats, Tokenising, line_batches
+from mixture.workers import default_workers
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever the same inputs give other token rows or other files, so that old folders are not taken for new."""
 
 MARKER = "PREPARED"
-SAMPLES_PER_BATCH = 512
+MIXTURE_MARKER = "MIXED"
 SCORED_ROWS = 1000
+READ_BYTES = 1 << 20
 REPORT_EVERY_SECONDS = 30
 STALE_AFTER_SECONDS = 24 * 3600
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".py")
+
+MIXTURE_KEY = re.compile("[0-9a-f]{16}")
 
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparationRequest:
-    """All that shapes prepared data."""
+    """All that shapes prepared data: rows of a dataset module, or of a mixture."""
 
     dataset: DatasetConfig
-    module: ModuleFile
+    module: ModuleFile | None = None
+    mixture: Path | None = None
+    """Folder of a finished mixture, read instead of a module."""
     tokenizer: str
     revision: str | None = None
     trust_remote_code: bool = False
     objective: Objective
     seed: int
+
+    def __post_init__(self) -> None:
+        if (self.module is None) == (self.mixture is None):
+            raise ValueError("data is prepared from a dataset module or from a mixture: name one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +70,9 @@ class SplitStats:
     """Counts of one split, after preparation."""
 
     samples: int
-    """Rows that the module returned."""
+    """Rows that the module returned or the mixture holds."""
     formats: dict[str, int]
-    """Samples in each detected format."""
+    """Samples in each detected format; for a mixture, by what they hold."""
     rows: int
     """Token rows."""
     dropped: dict[str, int]
@@ -70,6 +84,15 @@ class SplitStats:
     """Tokens that count in the loss; the first token of a row never does."""
     packs: int
     """Rows of training: packs, or token rows where packing is off."""
+    stages: list[int]
+    """The first pack of each stage."""
+    sources: dict[str, SourceStats]
+    """By source, after whatever was dropped, split or truncated."""
+
+    @classmethod
+    def from_json(cls, stats: dict[str, Any]) -> SplitStats:
+        sources = {name: SourceStats(**source) for name, source in stats["sources"].items()}
+        return cls(**{**stats, "sources": sources})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +102,7 @@ class PreparedData:
     folder: Path
     fingerprint: str
     splits: dict[str, SplitStats | None] = field(default_factory=dict)
+    """`train`, and `test` where there is one."""
     has_score: bool = False
 
     @classmethod
@@ -87,7 +111,9 @@ class PreparedData:
         if not (folder / MARKER).is_file():
             return None
         stats = orjson.loads((folder / "stats.json").read_bytes())
-        splits: dict[str, SplitStats | None] = {name: SplitStats(**split) for name, split in stats["splits"].items()}
+        splits: dict[str, SplitStats | None] = {
+            name: SplitStats.from_json(split) for name, split in stats["splits"].items()
+        }
         return cls(folder=folder, fingerprint=stats["fingerprint"], splits=splits, has_score=stats["has_score"])
 
 
@@ -100,10 +126,11 @@ def data_key(request: PreparationRequest) -> str:
     dataset["over_length"] = request.dataset.over_length or OVER_LENGTH_DEFAULT[request.objective]
     dataset["file"] = None  # where the module lies does not matter, what it says does
     dataset["data_files"] = named_digests(request.dataset.data_files)
+    del dataset["tokenizer_backend"]  # all give the same ids
     parts = {
         "format": FORMAT_VERSION,
         "dataset": dataset,
-        "module": [request.module.path.stem, request.module.function, module_digests(request.module.path)],
+        "rows": module_identity(request.module) if request.module else mixture_identity(request.mixture),
         "tokenizer": tokenizer_identity(request),
         "objective": request.objective,
         "seed": request.seed,
@@ -123,6 +150,19 @@ def named_digests(data_files: Any) -> Any:
     if not path.is_file():
         raise ValueError(f"dataset.data_files: no file {data_files} (looked at {path.absolute()})")
     return [path.suffix, file_digest(path)]
+
+
+def module_identity(module: ModuleFile) -> Any:
+    """A module's name and the text of all that it is made of."""
+    return [module.path.stem, module.function, module_digests(module.path)]
+
+
+def mixture_identity(mixture: Path | None) -> Any:
+    """A mixture's key: its folder's name, or what its marker says where the folder has another name."""
+    assert mixture is not None
+    if MIXTURE_KEY.fullmatch(mixture.name):
+        return ["mixture", mixture.name]
+    return ["mixture", orjson.loads(mixture_marker(mixture).read_bytes())["key"]]
 
 
 def module_digests(path: Path) -> dict[str, str]:
@@ -178,11 +218,12 @@ def prepared_folder(data_dir: Path, key: str) -> Path:
     return data_dir / "prepared" / key
 
 
-def prepare(request: PreparationRequest, data_dir: Path, report: Report) -> PreparedData:
+def prepare(request: PreparationRequest, data_dir: Path, report: Report, *, workers: int | None = None) -> PreparedData:
     """The prepared data for a request, made now unless it is there. `report` gets progress, a short line at a time.
 
+    `workers`: processes that make tokens, by default one for each core; their number changes nothing that is written.
     Everything is written beside and renamed into place, so a killed run leaves nothing that looks finished, and of two
-    runs at once one keeps its result and the other takes it. ValueError: the module, its rows or the tokenizer.
+    runs at once one keeps its result and the other takes it. ValueError: the module, the mixture, rows or tokenizer.
     """
     folder = prepared_folder(data_dir, data_key(request))
     done = PreparedData.open(folder)
@@ -195,7 +236,7 @@ def prepare(request: PreparationRequest, data_dir: Path, report: Report) -> Prep
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir()
     try:
-        write_prepared(request, working, report)
+        write_prepared(request, working, report, workers or default_workers())
         adopt(working, folder, report)
     finally:
         shutil.rmtree(working, ignore_errors=True)
@@ -226,24 +267,26 @@ def adopt(working: Path, folder: Path, report: Report) -> None:
         report(f"another run prepared {folder.name} meanwhile; using its data")
 
 
-def write_prepared(request: PreparationRequest, folder: Path, report: Report) -> None:
+def write_prepared(request: PreparationRequest, folder: Path, report: Report, workers: int) -> None:
     """Write all files of prepared data, the marker last."""
     tokenizer = load_tokenizer(request)
-    has_score = score_function(request.module) is not None
-    # Both before either is written: a missing test split should not cost the time of writing the train split.
-    rows = {
-        "train": load_rows(request.module, request.dataset, request.dataset.train_split, tokenizer, report),
-        "test": load_rows(request.module, request.dataset, request.dataset.test_split, tokenizer, None),
-    }
+    dataset = request.dataset
+    has_score = request.module is not None and score_function(request.module) is not None
+    # All splits before any is written: a missing test split should not cost the time of writing the train split.
+    inputs = module_splits(request, folder, tokenizer, report) if request.module else mixture_splits(request)
+    renderer = Renderer(
+        tokenizer, objective=request.objective, max_length=dataset.max_length, over_length=dataset.over_length
+    )
+    tokenising = Tokenising(renderer, dataset.tokenizer_backend, workers, report)
     splits: dict[str, SplitStats] = {}
     fingerprint = xxhash.xxh3_128()
-    for name in rows:
-        writer = SplitWriter(request, folder, name, tokenizer, report, keep_raw_rows=name == "test" and has_score)
-        splits[name] = writer.write(rows[name])
+    for name, split in inputs.items():
+        writer = SplitWriter(dataset, folder, name, report)
+        splits[name] = writer.write(split, tokenising)
         fingerprint.update(writer.digest)
-        for line in summary(name, splits[name], request.dataset):
+        for line in summary(name, splits[name], dataset):
             report(line)
-        if name == "train" and writer.renderer.never_ends_turns:
+        if name == "train" and writer.never_ends_turns:
             report("warning: the chat template closes answers with no special token, so the model cannot learn to stop")
     stats = {
         "format_version": FORMAT_VERSION,
@@ -251,7 +294,8 @@ def write_prepared(request: PreparationRequest, folder: Path, report: Report) ->
         "has_score": has_score,
         "objective": request.objective,
         "tokenizer": request.tokenizer,
-        "max_length": request.dataset.max_length,
+        "mixture": str(request.mixture) if request.mixture else None,
+        "max_length": dataset.max_length,
         "splits": {name: asdict(split) for name, split in splits.items()},
     }
     write_synced(folder / "stats.json", orjson.dumps(stats, option=orjson.OPT_INDENT_2))
@@ -273,86 +317,151 @@ def load_tokenizer(request: PreparationRequest) -> Any:
         raise ValueError(f"model.tokenizer: cannot load a tokenizer from {request.tokenizer!r}: {error}") from error
 
 
+class SplitInput(Protocol):
+    """The canonical samples of a split, as JSON lines."""
+
+    formats: Counter[str]
+    """Samples read so far, by format; empty where that is not known."""
+
+    def batches(self) -> Iterator[LineBatch]: ...
+
+    def finish(self) -> None:
+        """Write what is kept beside the tokens, once all batches are read."""
+
+
 class SplitWriter:
-    """Writes one split: canonical JSONL, token shards, packs, and raw test rows for scoring."""
+    """Writes token shards and packs of one split, and counts them."""
+
+    def __init__(self, dataset: DatasetConfig, folder: Path, name: str, report: Report) -> None:
+        self.dataset = dataset
+        self.folder = folder
+        self.name = name
+        self.report = report
+        self.digest = b""
+        self.never_ends_turns = False
+
+    def write(self, split: SplitInput, tokenising: Tokenising) -> SplitStats:
+        """Write the split and return its counts; ValueError where nothing is left to train on."""
+        kinds: Counter[str] = Counter()
+        dropped: Counter[str] = Counter()
+        sources: dict[str, SourceStats] = {}
+        samples = longer_than_max_length = 0
+        stage_starts = [0]
+        stage = 0
+        told = time.monotonic()
+        max_length = self.dataset.max_length
+        with TokenWriter(
+            self.folder, self.name, max_length=max_length, shard_size_mb=self.dataset.shard_size_mb
+        ) as tokens:
+            for batch in tokenising.run(split.batches()):
+                if batch.stage != stage and stage_starts[-1] != len(tokens.lengths):
+                    stage_starts.append(len(tokens.lengths))
+                stage = batch.stage
+                tokens.extend(batch.rows)
+                samples += batch.samples
+                kinds += batch.kinds
+                dropped += batch.dropped
+                longer_than_max_length += batch.longer_than_max_length
+                self.never_ends_turns |= batch.never_ends_turns
+                for source, stats in batch.sources.items():
+                    sources[source] = sources.get(source, NOTHING) + stats
+                if time.monotonic() - told > REPORT_EVERY_SECONDS:
+                    told = time.monotonic()
+                    self.report(f"{self.name}: {samples} rows, {sum(s.tokens for s in sources.values())} tokens")
+        if not samples:
+            raise ValueError(f"split {self.name}: {split} returned 0 rows")
+        lengths = np.array(tokens.lengths, dtype=np.int32)
+        if not len(lengths):
+            raise ValueError(
+                f"split {self.name}: none of {samples} rows is left to learn from; dropped: {counted(dropped)}"
+            )
+        if stage_starts[-1] == len(lengths) > 0:
+            stage_starts.pop()  # nothing is left of the last stage
+        if self.dataset.packing:
+            packs = staged_packs(lengths, max_length, stage_starts)
+        else:
+            packs = single_packs(len(lengths), stage_starts)
+        write_packs(self.folder, self.name, packs)
+        split.finish()
+        self.digest = tokens.digest + b"".join(part.tobytes() for part in (packs.indices, packs.starts, packs.stages))
+        return SplitStats(
+            samples=samples,
+            formats=dict(split.formats or kinds),
+            rows=len(lengths),
+            dropped=dict(dropped),
+            longer_than_max_length=longer_than_max_length,
+            tokens=int(lengths.sum(dtype=np.int64)),
+            loss_tokens=sum(stats.loss_tokens for stats in sources.values()),
+            packs=len(packs),
+            stages=packs.stages.tolist(),
+            sources=sources,
+        )
+
+
+# --- rows of a dataset module
+
+
+def module_splits(request: PreparationRequest, folder: Path, tokenizer: Any, report: Report) -> dict[str, SplitInput]:
+    """Both splits of a dataset module."""
+    module, dataset = request.module, request.dataset
+    assert module is not None
+    has_score = score_function(module) is not None
+    train = load_rows(module, dataset, dataset.train_split, tokenizer, report)
+    test = load_rows(module, dataset, dataset.test_split, tokenizer, None)
+    source = dataset.name or module.path.stem
+    return {
+        "train": ModuleRows(train, module.path, folder, "train", source, report, keep_raw_rows=False),
+        "test": ModuleRows(test, module.path, folder, "test", source, report, keep_raw_rows=has_score),
+    }
+
+
+class ModuleRows:
+    """Rows of one split of a module: written as canonical JSONL while they are read, raw test rows kept for scoring."""
 
     def __init__(
         self,
-        request: PreparationRequest,
+        rows: Iterable[Any],
+        module: Path,
         folder: Path,
         name: str,
-        tokenizer: Any,
+        source: str,
         report: Report,
         *,
         keep_raw_rows: bool,
     ) -> None:
-        self.request = request
+        self.rows = rows
+        self.module = module
         self.folder = folder
         self.name = name
+        self.source = source
         self.report = report
         self.keep_raw_rows = keep_raw_rows
-        self.digest = b""
         self.formats: Counter[str] = Counter()
         self.raw_rows: list[bytes] = []
-        dataset = request.dataset
-        self.renderer = Renderer(
-            tokenizer, objective=request.objective, max_length=dataset.max_length, over_length=dataset.over_length
-        )
 
-    def write(self, rows: Iterable[dict[str, Any]]) -> SplitStats:
-        """Write the split and return its counts; ValueError where nothing is left to train on."""
+    def __str__(self) -> str:
+        return str(self.module)
 
-        loss_tokens = 0
-        max_length = self.request.dataset.max_length
-        samples_path = self.folder / f"{self.name}.jsonl"
-        with samples_path.open("wb") as jsonl, TokenWriter(self.folder, self.name, max_length=max_length) as tokens:
-            for samples in batches(self.samples(rows), SAMPLES_PER_BATCH):
-                jsonl.writelines(orjson.dumps(sample.as_json(), option=orjson.OPT_APPEND_NEWLINE) for sample in samples)
-                for row in self.renderer.token_rows(samples):
-                    tokens.add(row)
-                    loss_tokens += int(row.loss_mask[1:].sum())
-        lengths = np.array(tokens.lengths, dtype=np.int32)
-        if not self.formats:
-            raise ValueError(f"split {self.name}: {self.request.module.path} returned 0 rows")
-        if not len(lengths):
-            raise ValueError(
-                f"split {self.name}: none of {self.formats.total()} rows is left to learn from; dropped: "
-                f"{counted(self.renderer.dropped)}"
-            )
-        packing = self.request.dataset.packing
-        packs = best_fit_packs(lengths, max_length) if packing else single_packs(len(lengths))
-        write_packs(self.folder, self.name, packs)
-        self.write_raw_rows()
-        self.digest = tokens.digest.digest() + packs.indices.tobytes() + packs.starts.tobytes()
-        return SplitStats(
-            samples=self.formats.total(),
-            formats=dict(self.formats),
-            rows=len(lengths),
-            dropped=dict(self.renderer.dropped),
-            longer_than_max_length=self.renderer.longer_than_max_length,
-            tokens=int(lengths.sum(dtype=np.int64)),
-            loss_tokens=loss_tokens,
-            packs=len(packs),
-        )
+    def batches(self) -> Iterator[LineBatch]:
+        with (self.folder / f"{self.name}.jsonl").open("wb") as jsonl:
+            for batch in line_batches(self.lines(), f"{self.module}, {self.name}"):
+                jsonl.writelines(batch.lines)
+                yield batch
 
-    def samples(self, rows: Iterable[dict[str, Any]]) -> Iterator[Sample]:
-        """Canonical samples of the rows."""
-        source = self.request.dataset.name or self.request.module.path.stem
-        told = time.monotonic()
-        for index, row in enumerate(rows):
-            if time.monotonic() - told > REPORT_EVERY_SECONDS:
-                told = time.monotonic()
-                self.report(f"{self.name}: {index} rows read")
+    def lines(self) -> Iterator[bytes]:
+        """Canonical samples of the rows, as JSON."""
+        for index, row in enumerate(self.rows):
             try:
                 self.formats[detect_format(row).name] += 1
-                sample = canonical_sample(row, source=source, row_id=f"{source}-{self.name}-{index}")
-            except ValueError as error:
-                raise ValueError(f"{self.request.module.path}, {self.name} row {index}: {error}") from error
+                sample = canonical_sample(row, source=self.source, row_id=f"{self.source}-{self.name}-{index}")
+                line = orjson.dumps(sample.as_json(), option=orjson.OPT_APPEND_NEWLINE)
+            except (ValueError, TypeError) as error:  # TypeError: what JSON cannot hold
+                raise ValueError(f"{self.module}, {self.name} row {index}: {error}") from error
             if self.keep_raw_rows and index < SCORED_ROWS:
                 self.keep_raw_row(row, sample)
-            yield sample
+            yield line
 
-    def keep_raw_row(self, row: dict[str, Any], sample: Sample) -> None:
+    def keep_raw_row(self, row: Any, sample: Sample) -> None:
         """Keep a raw row with what generation starts from; scoring is given up where a row cannot be kept."""
         prompt = generation_prompt(sample)
         if prompt is None:
@@ -368,17 +477,82 @@ class SplitWriter:
         self.raw_rows = []
         self.report(f"{self.name}: answers will not be generated and scored: {reason}")
 
-    def write_raw_rows(self) -> None:
-        """Write test_rows.jsonl, if rows were kept."""
+    def finish(self) -> None:
         if self.raw_rows:
             with (self.folder / f"{self.name}_rows.jsonl").open("wb") as file:
                 file.writelines(self.raw_rows)
 
 
-def batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
-    iterator = iter(samples)
-    while batch := list(islice(iterator, size)):
-        yield batch
+# --- parts of a mixture
+
+
+@dataclass(frozen=True)
+class MixturePart:
+    """One JSONL file of a mixture."""
+
+    path: Path
+    split: str
+    stage: int
+
+
+def mixture_marker(mixture: Path) -> Path:
+    """The file that says that a mixture is finished; ValueError where it is not."""
+    marker = mixture / MIXTURE_MARKER
+    if not marker.is_file():
+        raise ValueError(f"{mixture} is no finished mixture: there is no {MIXTURE_MARKER} in it; prepare it first")
+    return marker
+
+
+def mixture_parts(mixture: Path) -> list[MixturePart]:
+    """The parts of a finished mixture, in order."""
+    parts = orjson.loads(mixture_marker(mixture).read_bytes())["parts"]
+    return [MixturePart(mixture / part["file"], part["split"], part["stage"]) for part in parts]
+
+
+def mixture_splits(request: PreparationRequest) -> dict[str, SplitInput]:
+    """The splits of a mixture: `train`, and its `test` or `validation` split as `test`."""
+    assert request.mixture is not None
+    parts = mixture_parts(request.mixture)
+    test = [part for part in parts if part.split == "test"] or [part for part in parts if part.split == "validation"]
+    splits = {"train": [part for part in parts if part.split == "train"], "test": test}
+    if not splits["train"]:
+        raise ValueError(f"the mixture {request.mixture} has no rows to train on")
+    limit = request.dataset.limit
+    return {name: MixtureRows(chosen, request.mixture, limit) for name, chosen in splits.items() if chosen}
+
+
+class MixtureRows:
+    """Samples of one split of a mixture, read from its parts; at most `limit` of them."""
+
+    def __init__(self, parts: list[MixturePart], mixture: Path, limit: int | None) -> None:
+        self.parts = parts
+        self.mixture = mixture
+        self.limit = limit
+        self.formats: Counter[str] = Counter()
+
+    def __str__(self) -> str:
+        return f"the mixture {self.mixture}"
+
+    def batches(self) -> Iterator[LineBatch]:
+        remaining = self.limit
+        for stage, parts in groupby(self.parts, key=lambda part: part.stage):
+            for part in parts:
+                for batch in line_batches(islice(lines_of(part.path), remaining), str(part.path), stage):
+                    remaining = None if remaining is None else remaining - len(batch.lines)
+                    yield batch
+
+    def finish(self) -> None:
+        """Nothing: samples stay in the mixture."""
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """The lines of a JSONL file, plain or compressed by zstd."""
+    if path.suffix != ".zst":
+        with path.open("rb") as file:
+            yield from file
+        return
+    with io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), READ_BYTES) as file:
+        yield from file
 
 
 def summary(name: str, stats: SplitStats, dataset: DatasetConfig) -> Iterator[str]:
@@ -387,6 +561,12 @@ def summary(name: str, stats: SplitStats, dataset: DatasetConfig) -> Iterator[st
     filled = stats.tokens / (stats.packs * dataset.max_length)
     packed = f" in {stats.packs} packs, {filled:.1%} full" if dataset.packing else ""
     yield f"{name}: {stats.tokens} tokens, {stats.loss_tokens / stats.tokens:.0%} with loss{packed}"
+    if len(stats.sources) > 1:
+        for source, part in sorted(stats.sources.items(), key=lambda item: -item[1].tokens):
+            yield (
+                f"{name}: {source} {part.samples} rows ({part.samples / stats.samples:.1%}), {part.tokens} tokens "
+                f"({part.tokens / stats.tokens:.1%}), {part.loss_tokens} with loss"
+            )
     if stats.longer_than_max_length:
         yield f"{name}: {stats.longer_than_max_length} rows were longer than max_length {dataset.max_length}"
     if stats.dropped:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import compress
 from typing import Any, Literal
 
 import numpy as np
@@ -14,10 +16,24 @@ from jinja2 import TemplateError
 
 from mixture.formats import Message, Sample
 from mixture.shards import TokenRow
+from mixture.tokenizers import (
+    MAKERS,
+    BackendChoice,
+    ByteLengths,
+    ControlTokens,
+    EncodeBatch,
+    FlatIds,
+    Ids,
+    Span,
+    TokenizerBackend,
+    choose_backend,
+    offsets_backend,
+    span_mask,
+)
 
 Objective = Literal["sft", "pretrain"]
 OverLength = Literal["drop", "split", "truncate"]
-Span = tuple[int, int]
+Mask = npt.NDArray[np.bool_]
 
 OVER_LENGTH_DEFAULT: dict[Objective, OverLength] = {"sft": "drop", "pretrain": "split"}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -25,8 +41,8 @@ GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # Marks are single characters that no tokenizer, template or trimming rule treats specially. The second range is for
 # conversations that hold characters of the first.
-MARK_RANGES = (0xE000, 0xF0000)
 MARKS_IN_RANGE = 6400
+MARK_RANGES = {first: re.compile(f"([{chr(first)}-{chr(first + MARKS_IN_RANGE - 1)}])") for first in (0xE000, 0xF0000)}
 
 
 class RefusedByTemplateError(ValueError):
@@ -73,7 +89,7 @@ class ChatTemplate:
         earlier turns; `lead`: what the model writes between header and content (a blank, an empty reasoning block);
         `end_of_turn`, `end_of_earlier_turn`: the token that closes the last turn and earlier ones, or "".
         """
-        opening, closing = chr(MARK_RANGES[0]), chr(MARK_RANGES[0] + 1)
+        opening, closing = map(chr, (min(MARK_RANGES), min(MARK_RANGES) + 1))
         question = {"role": "user", "content": "question"}
         answer = {"role": "assistant", "content": f"{opening}answer{closing}"}
         if self.has_generation_blocks:
@@ -108,6 +124,31 @@ class ChatTemplate:
             )
         except TemplateError as error:
             raise RefusedByTemplateError(str(error)) from error
+
+    def rendered_together(self, conversations: Sequence[Sequence[Message]]) -> list[RenderedChat]:
+        """Several conversations, as `rendered` gives each; faster. ValueError: one of them, without telling which."""
+        if self.has_generation_blocks:
+            return [self.rendered_with_blocks(messages) for messages in conversations]
+        first_marks = [unused_marks(messages) for messages in conversations]
+        marked = [marked_messages(*pair, "outside") for pair in zip(conversations, first_marks, strict=True)]
+        texts = self.render_together([*conversations, *marked])
+        chats: list[RenderedChat] = []
+        for index, messages in enumerate(conversations):
+            text = texts[index]
+            pieces = MarkedText.split(texts[len(conversations) + index], first_marks[index])
+            if pieces is not None and "".join(pieces.pieces) == text:
+                chats.append(RenderedChat(text, self.spans(messages, text, pieces)))
+            else:
+                chats.append(self.rendered(messages))
+        return chats
+
+    def render_together(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+        """The texts of several conversations."""
+        try:
+            texts: list[str] = self.tokenizer.apply_chat_template([*map(list, conversations)], tokenize=False)
+        except TemplateError as error:
+            raise RefusedByTemplateError(str(error)) from error
+        return texts
 
     def rendered(self, messages: Sequence[Message]) -> RenderedChat:
         """The text of a conversation and the verified spans of its assistant turns."""
@@ -145,19 +186,7 @@ class ChatTemplate:
     def marked_pieces(self, messages: Sequence[Message], placement: str) -> MarkedText | None:
         """The conversation rendered with marks and split at them; None where the template refuses the marked text."""
         first_mark = unused_marks(messages)
-        marked: list[Message] = []
-        for turn, message in enumerate(messages):
-            content = message["content"]
-            if not is_spoken(message):
-                marked.append(message)
-                continue
-            opening, closing = chr(first_mark + 2 * turn), chr(first_mark + 2 * turn + 1)
-            if placement == "closing" or has_more_than_content(message):
-                opening = ""
-            core = content if placement == "outside" else content.strip()
-            start = content.index(core)
-            content = content[:start] + opening + core + closing + content[start + len(core) :]
-            marked.append({**message, "content": content})
+        marked = marked_messages(messages, first_mark, placement)
         try:
             text = self.render(marked)
         except RefusedByTemplateError:
@@ -223,7 +252,7 @@ class MarkedText:
     @classmethod
     def split(cls, text: str, first_mark: int) -> MarkedText | None:
         """Split at marks from `first_mark` on; None where a mark occurs twice."""
-        parts = re.split(f"([{chr(first_mark)}-{chr(first_mark + MARKS_IN_RANGE - 1)}])", text)
+        parts = MARK_RANGES[first_mark].split(text)
         places: dict[int, int] = {}
         length = 0
         for piece, mark in zip(parts[::2], [*parts[1::2], ""], strict=True):
@@ -262,13 +291,33 @@ def has_more_than_content(message: Message) -> bool:
     return any(message.get(key) for key in (*REASONING_KEYS, "tool_calls"))
 
 
+def marked_messages(messages: Sequence[Message], first_mark: int, placement: str) -> list[Message]:
+    """The conversation with marks around the content of every spoken turn."""
+    marked: list[Message] = []
+    for turn, message in enumerate(messages):
+        content = message["content"]
+        if not is_spoken(message):
+            marked.append(message)
+            continue
+        opening, closing = chr(first_mark + 2 * turn), chr(first_mark + 2 * turn + 1)
+        if placement == "closing" or has_more_than_content(message):
+            opening = ""
+        core = content if placement == "outside" else content.strip()
+        start = content.index(core)
+        content = content[:start] + opening + core + closing + content[start + len(core) :]
+        marked.append({**message, "content": content})
+    return marked
+
+
 def unused_marks(messages: Sequence[Message]) -> int:
     """The first code point of a range of marks that the conversation does not use."""
     if 2 * len(messages) > MARKS_IN_RANGE:
         raise ValueError(f"a conversation of {len(messages)} turns; at most {MARKS_IN_RANGE // 2} are supported")
-    text = str([list(message.values()) for message in messages]) + "".join(str(m["content"]) for m in messages)
-    for first in MARK_RANGES:
-        if not re.search(f"[{chr(first)}-{chr(first + MARKS_IN_RANGE - 1)}]", text):
+    text = "".join(
+        value if isinstance(value, str) else str(value) for message in messages for value in message.values()
+    )
+    for first, marks in MARK_RANGES.items():
+        if text.isascii() or not marks.search(text):
             return first
     raise ValueError("a conversation uses private-use characters of every range that is needed to find its turns")
 
@@ -277,29 +326,74 @@ def unused_marks(messages: Sequence[Message]) -> int:
 
 
 class Renderer:
-    """Turns canonical samples into token rows for one objective, and counts what was dropped or shortened."""
+    """Turns canonical samples into token rows for one objective, and counts what was dropped or shortened.
+
+    Control tokens that stand literally in a sample's text become ordinary tokens; those of the template stay.
+    """
 
     def __init__(
-        self, tokenizer: Any, *, objective: Objective, max_length: int, over_length: OverLength | None
+        self,
+        tokenizer: Any,
+        *,
+        objective: Objective,
+        max_length: int,
+        over_length: OverLength | None,
+        backend: TokenizerBackend = "huggingface",
     ) -> None:
         self.tokenizer = tokenizer
         self.objective = objective
         self.max_length = max_length
         self.over_length = over_length or OVER_LENGTH_DEFAULT[objective]
+        self.backend = backend
+        self.encoders: dict[TokenizerBackend, EncodeBatch] = {}
         self.dropped: Counter[str] = Counter()
         self.longer_than_max_length = 0
-        self.template: ChatTemplate | None = None
-        self.backend: Any = None
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
+
+    @cached_property
+    def with_offsets(self) -> Any:
+        return offsets_backend(self.tokenizer)
+
+    @cached_property
+    def byte_lengths(self) -> ByteLengths | None:
+        return ByteLengths.of_backend(self.with_offsets)
+
+    @cached_property
+    def control_tokens(self) -> ControlTokens:
+        return ControlTokens(self.with_offsets)
+
+    def encoded(self, texts: list[str]) -> FlatIds:
+        """Ids by the chosen backend; no tokens are added."""
+        if self.backend not in self.encoders:
+            self.encoders[self.backend] = MAKERS[self.backend](self.with_offsets)
+        return self.encoders[self.backend](texts)
+
+    def choose_backend(self, wanted: TokenizerBackend, samples: Sequence[Sample]) -> BackendChoice:
+        """The backend to render with, by the ids of these samples."""
+        contents = [sample.content for sample in samples]
+        texts = [content["text"] for content in contents if "text" in content]
+        conversations = [content["messages"] for content in contents if "messages" in content]
+        if not self.tokenizer.is_fast or not (texts or conversations):
+            return BackendChoice("huggingface")
+        for messages in conversations:
+            try:
+                texts.append(self.template.render(messages))
+            except RefusedByTemplateError:
+                continue  # counted as dropped when its tokens are made
+        return choose_backend(wanted, self.with_offsets, texts)
 
     @property
     def never_ends_turns(self) -> bool:
         """Whether conversations were rendered by a template that closes the assistant's turns with no special token."""
-        template = self.template
+        template = self.__dict__.get("template")
         return template is not None and not template.has_generation_blocks and not template.end_of_turn
 
     def token_rows(self, samples: Sequence[Sample]) -> list[TokenRow]:
         """Token rows of the samples, in order. ValueError names the sample that does not suit the objective."""
-        tokens: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]] | None] = [None] * len(samples)
+        tokens: list[tuple[Ids, Mask] | None] = [None] * len(samples)
         for kind, render in (("input_ids", self.given), ("messages", self.chats), ("text", self.texts)):
             chosen = [index for index, sample in enumerate(samples) if kind in sample.content]
             for index, row in zip(chosen, render([samples[index] for index in chosen]), strict=True):
@@ -315,12 +409,12 @@ class Renderer:
                 rows += self.fitted(sample, *pair)
         return rows
 
-    def given(self, samples: list[Sample]) -> Iterable[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
+    def given(self, samples: list[Sample]) -> Iterable[tuple[Ids, Mask]]:
         """Rows that came tokenised."""
         for sample in samples:
             yield np.array(sample.content["input_ids"], np.int32), np.array(sample.content["loss_mask"], np.bool_)
 
-    def texts(self, samples: list[Sample]) -> Iterable[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
+    def texts(self, samples: list[Sample]) -> Iterable[tuple[Ids, Mask]]:
         """Plain texts, closed by the end-of-text token, with loss everywhere."""
         if not samples:
             return
@@ -332,47 +426,103 @@ class Renderer:
         end = self.tokenizer.eos_token_id
         if end is None:
             raise ValueError("the tokenizer has no eos_token, so texts cannot be told apart: set one in its folder")
-        for ids in self.tokenizer([sample.content["text"] for sample in samples])["input_ids"]:
-            closed = ids if ids and ids[-1] == end else [*ids, end]
-            yield np.array(closed, np.int32), np.ones(len(closed), np.bool_)
+        texts = [sample.content["text"] for sample in samples]
+        for ids in self.encoded_texts(texts) if self.backend == "huggingface" else self.fast_texts(texts):
+            closed = ids if len(ids) and ids[-1] == end else np.append(ids, np.int32(end))
+            yield closed, np.ones(len(closed), np.bool_)
 
-    def chats(self, samples: list[Sample]) -> Iterable[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]] | None]:
+    def encoded_texts(self, texts: list[str]) -> list[Ids]:
+        """Ids of plain texts, with what the tokenizer puts around them."""
+        lists = self.tokenizer(texts, split_special_tokens=True)["input_ids"] if texts else []
+        return [np.array(ids, np.int32) for ids in lists]
+
+    def fast_texts(self, texts: list[str]) -> Iterator[Ids]:
+        """The same as `encoded_texts`, by the fast backend where no control token stands in the text."""
+        before, after = self.around_texts
+        literal = [bool(self.control_tokens.pattern.search(text)) for text in texts]
+        exceptions = iter(self.encoded_texts(list(compress(texts, literal))))
+        encoded = self.encoded([text for text, found in zip(texts, literal, strict=True) if not found])
+        others = iter(range(len(encoded)))
+        for found in literal:
+            yield next(exceptions) if found else np.concatenate((before, encoded[next(others)], after))
+
+    @cached_property
+    def around_texts(self) -> tuple[Ids, Ids]:
+        """Tokens that the tokenizer puts before and after every text."""
+        whole = self.tokenizer("a")["input_ids"]
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        start = next(start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+        return np.array(whole[:start], np.int32), np.array(whole[start + len(bare) :], np.int32)
+
+    def chats(self, samples: list[Sample]) -> Iterator[tuple[Ids, Mask] | None]:
         """Conversations; None where the chat template refuses one."""
         if not samples:
             return
-        if self.template is None:
-            self.template = ChatTemplate(self.tokenizer)
-            self.backend = offsets_backend(self.tokenizer)
-        chats = [self.rendered(sample) for sample in samples]
-        encodings = iter(self.encoded([chat.text for chat in chats if chat is not None]))
-        for chat in chats:
-            if chat is None:
-                yield None
-                continue
-            encoding = next(encodings)
-            ids = np.array(encoding.ids, np.int32)
-            if self.objective == "pretrain":
-                yield ids, np.ones(len(ids), np.bool_)
-            else:
-                yield ids, span_mask(np.array(encoding.offsets, np.int64).reshape(-1, 2), chat.spans)
+        literal = [self.control_tokens.occur(sample.content["messages"]) for sample in samples]
+        exceptions = iter([self.chat_with_control_tokens(sample) for sample in compress(samples, literal)])
+        chats = self.rendered_chats([sample for sample, found in zip(samples, literal, strict=True) if not found])
+        pairs = iter(self.masked([chat for chat in chats if chat is not None]))
+        others = (None if chat is None else next(pairs) for chat in chats)
+        for found in literal:
+            yield next(exceptions) if found else next(others)
 
-    def rendered(self, sample: Sample) -> RenderedChat | None:
-        """The rendered conversation; None, counted, where the template refuses it."""
-        assert self.template is not None
+    def rendered_chats(self, samples: Sequence[Sample]) -> list[RenderedChat | None]:
+        """Rendered conversations, together where possible; halved where one of them is refused."""
+        conversations = [sample.content["messages"] for sample in samples]
+        if len(samples) < 2:
+            return [self.rendered(sample, messages) for sample, messages in zip(samples, conversations, strict=True)]
         try:
             if self.objective == "pretrain":
-                return RenderedChat(self.template.render(sample.content["messages"]), [])
-            return self.template.rendered(sample.content["messages"])
+                return [RenderedChat(text, []) for text in self.template.render_together(conversations)]
+            return [*self.template.rendered_together(conversations)]
+        except ValueError:
+            half = len(samples) // 2
+            return self.rendered_chats(samples[:half]) + self.rendered_chats(samples[half:])
+
+    def rendered(self, sample: Sample, messages: Sequence[Message]) -> RenderedChat | None:
+        """The rendered conversation; None, counted, where the template refuses it."""
+        try:
+            if self.objective == "pretrain":
+                return RenderedChat(self.template.render(messages), [])
+            return self.template.rendered(messages)
         except RefusedByTemplateError as error:
             self.dropped[f"refused by the chat template: {error}"] += 1
             return None
         except ValueError as error:
             raise ValueError(f"sample {sample.id}: {error}") from error
 
-    def encoded(self, texts: list[str]) -> list[Any]:
-        """Encodings with offsets; the template has written all special tokens already."""
-        encodings: list[Any] = self.backend.encode_batch(texts, add_special_tokens=False)
-        return encodings
+    def masked(self, chats: Sequence[RenderedChat]) -> list[tuple[Ids, Mask]]:
+        """Ids and masks of rendered conversations; the template has written all special tokens already."""
+        texts = [chat.text for chat in chats]
+        if self.objective == "pretrain":
+            encoded = self.encoded(texts)
+            return [(encoded[row], np.ones(len(encoded[row]), np.bool_)) for row in range(len(chats))]
+        if self.byte_lengths is None:
+            return self.masked_by_offsets(chats)
+        encoded = self.encoded(texts)
+        masks = self.byte_lengths.masks(encoded, texts, [chat.spans for chat in chats])
+        inexact = iter(self.masked_by_offsets([chat for chat, mask in zip(chats, masks, strict=True) if mask is None]))
+        return [next(inexact) if mask is None else (encoded[row], mask) for row, mask in enumerate(masks)]
+
+    def masked_by_offsets(self, chats: Sequence[RenderedChat]) -> list[tuple[Ids, Mask]]:
+        """Ids and masks, by the places that Hugging Face's tokenizer tells for each token."""
+        encodings = self.with_offsets.encode_batch([chat.text for chat in chats], add_special_tokens=False)
+        return [
+            (np.array(encoding.ids, np.int32), span_mask(np.array(encoding.offsets).reshape(-1, 2), chat.spans))
+            for encoding, chat in zip(encodings, chats, strict=True)
+        ]
+
+    def chat_with_control_tokens(self, sample: Sample) -> tuple[Ids, Mask] | None:
+        """A conversation whose content holds control tokens, which become ordinary ones."""
+        try:
+            messages = self.control_tokens.broken(sample.content["messages"])
+        except ValueError as error:
+            raise ValueError(f"sample {sample.id}: {error}") from error
+        chat = self.rendered(sample, messages)
+        if chat is None:
+            return None
+        ids, mask = self.control_tokens.encoded(chat.text, chat.spans)
+        return ids, np.ones(len(ids), np.bool_) if self.objective == "pretrain" else mask
 
     def fitted(self, sample: Sample, ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_]) -> Iterable[TokenRow]:
         """The row, or its pieces by the over-length policy; rows without anything to learn are dropped and counted."""
@@ -394,34 +544,6 @@ class Renderer:
                 self.dropped["no token to learn from"] += 1
                 continue
             yield TokenRow(sample_id, piece_ids, piece_mask, sample.source)
-
-
-def offsets_backend(tokenizer: Any) -> Any:
-    """A copy of the fast tokenizer whose offsets cover every character of a token, blanks included."""
-    from tokenizers import Tokenizer
-
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} cannot tell which characters a token covers, so assistant turns cannot be "
-            "masked: use a tokenizer with a tokenizer.json"
-        )
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    backend.post_processor = None  # byte-level ones may trim blanks from offsets; the template adds special tokens
-    probe = "A probe:  two blanks,\n\nan é and 12,345 numbers. "
-    if backend.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe, add_special_tokens=False):
-        raise ValueError(f"{type(tokenizer).__name__} changes tokens after its tokenizer.json; masks would be wrong")
-    return backend
-
-
-def span_mask(offsets: npt.NDArray[np.int64], spans: Sequence[Span]) -> npt.NDArray[np.bool_]:
-    """True for tokens that lie inside a span; `offsets` [tokens, 2] are character ranges, empty ones never inside."""
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    mask = np.zeros(len(offsets), np.bool_)
-    for first, last in spans:
-        mask |= (starts >= first) & (ends <= last) & (ends > starts)
-    return mask
 
 
 def generation_prompt(sample: Sample) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
 
 ROWS_PER_BATCH = b"rows_per_batch"
 TOKENS_PER_BATCH = 1 << 21
-TOKENS_PER_SHARD = 1 << 27
+MEGABYTE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,52 @@ class TokenRow:
     input_ids: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]
     source: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Several rows in flat arrays: row i has `input_ids[starts[i]:starts[i + 1]]`, and `loss_mask` alike."""
+
+    sample_ids: list[str]
+    sources: list[str]
+    starts: npt.NDArray[np.int64]
+    input_ids: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[TokenRow]) -> TokenBatch:
+        return cls(
+            [row.sample_id for row in rows],
+            [row.source for row in rows],
+            np.cumsum([0, *(len(row.input_ids) for row in rows)]),
+            np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in rows)]),
+            np.concatenate([np.empty(0, np.bool_), *(row.loss_mask for row in rows)]),
+        )
+
+    @classmethod
+    def joined(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
+        """The rows of several batches, of which there is at least one."""
+        return cls(
+            [sample_id for batch in batches for sample_id in batch.sample_ids],
+            [source for batch in batches for source in batch.sources],
+            np.cumsum(np.concatenate([[0], *(np.diff(batch.starts) for batch in batches)])),
+            np.concatenate([batch.input_ids for batch in batches]),
+            np.concatenate([batch.loss_mask for batch in batches]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def part(self, first: int, last: int) -> TokenBatch:
+        """Rows `first` to `last`, the last not included, copied so that the others can be forgotten."""
+        tokens = slice(self.starts[first], self.starts[last])
+        return TokenBatch(
+            self.sample_ids[first:last],
+            self.sources[first:last],
+            self.starts[first : last + 1] - self.starts[first],
+            self.input_ids[tokens].copy(),
+            self.loss_mask[tokens].copy(),
+        )
 
 
 # --- where the files of a split lie
@@ -67,19 +113,23 @@ def packing_file(prepared_folder: Path, split: str) -> Path:
 class TokenWriter:
     """Writes the token rows of one split in bounded memory; a context manager.
 
-    `lengths` (int32, tokens of each row) and `digest` (over tokens and masks) cover what was added.
+    `lengths` (int32, tokens of each row) and `digest` (over tokens, masks and lengths) cover what was added. A Parquet
+    shard is closed before it would pass `shard_size_mb`; no shard holds less than one batch of rows.
     """
 
-    def __init__(self, prepared_folder: Path, split: str, *, max_length: int) -> None:
+    def __init__(self, prepared_folder: Path, split: str, *, max_length: int, shard_size_mb: int = 2048) -> None:
         self.folder = prepared_folder
         self.split = split
+        self.shard_bytes = shard_size_mb * MEGABYTE
         # A fixed number of rows in each batch lets a reader find row i without an index.
         self.rows_per_batch = max(16, min(4096, TOKENS_PER_BATCH // max_length))
         self.lengths = array("i")
-        self.digest = xxhash.xxh3_128()
-        self.pending: list[TokenRow] = []
+        self.digests = [xxhash.xxh3_128() for _ in range(3)]
+        self.pending: list[TokenBatch] = []
+        self.pending_rows = 0
         self.shards = 0
-        self.shard_tokens = 0
+        self.batch_bytes = 0
+        self.shard_file: BinaryIO | None = None
         self.parquet: pq.ParquetWriter | None = None
         path = arrow_file(prepared_folder, split)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,67 +145,86 @@ class TokenWriter:
         if kind is None:
             self.close()
 
+    @property
+    def digest(self) -> bytes:
+        return b"".join(digest.digest() for digest in self.digests)
+
     def add(self, row: TokenRow) -> None:
         """Append a row."""
-        self.lengths.append(len(row.input_ids))
-        self.digest.update(len(row.input_ids).to_bytes(4, "little"))
-        self.digest.update(row.input_ids.astype("<i4", copy=False).tobytes())
-        self.digest.update(row.loss_mask.tobytes())
-        self.pending.append(row)
-        if len(self.pending) == self.rows_per_batch:
-            self.flush()
+        self.extend(TokenBatch.of_rows([row]))
 
-    def flush(self) -> None:
-        """Write the pending rows as one batch and one Parquet row group."""
-        if not self.pending:
-            return
-        batch = record_batch(self.pending)
+    def extend(self, rows: TokenBatch) -> None:
+        """Append rows; how they are divided over calls changes nothing that is written."""
+        lengths = np.diff(rows.starts).astype("<i4")
+        self.lengths.frombytes(lengths.astype(np.int32).tobytes())
+        for digest, values in zip(self.digests, (lengths, rows.input_ids, rows.loss_mask), strict=True):
+            digest.update(np.ascontiguousarray(values).tobytes())
+        self.pending.append(rows)
+        self.pending_rows += len(rows)
+        if self.pending_rows >= self.rows_per_batch:
+            self.write_full_batches()
+
+    def write_full_batches(self) -> None:
+        """Write the pending rows as far as they fill batches."""
+        joined = TokenBatch.joined(self.pending)
+        full = len(joined) - len(joined) % self.rows_per_batch
+        for first in range(0, full, self.rows_per_batch):
+            self.write_batch(joined.part(first, first + self.rows_per_batch))
+        self.pending = [joined.part(full, len(joined))]
+        self.pending_rows = len(joined) - full
+
+    def write_batch(self, rows: TokenBatch) -> None:
+        """Write rows as one Arrow batch and one Parquet row group."""
+        batch = record_batch(rows)
         self.arrow.write_batch(batch)
-        if self.parquet is None:
-            path = parquet_file(self.folder, self.split, self.shards)
-            self.parquet = pq.ParquetWriter(path, SCHEMA, compression="zstd")
-        self.parquet.write_batch(batch)
-        self.shard_tokens += sum(len(row.input_ids) for row in self.pending)
-        self.pending = []
-        if self.shard_tokens >= TOKENS_PER_SHARD:
+        if self.shard_file is not None and self.shard_file.tell() + self.batch_bytes > self.shard_bytes:
             self.close_shard()
+        if self.shard_file is None:
+            self.shard_file = parquet_file(self.folder, self.split, self.shards).open("wb")
+            self.parquet = pq.ParquetWriter(self.shard_file, SCHEMA, compression="zstd")
+        assert self.parquet is not None
+        before = self.shard_file.tell()
+        self.parquet.write_batch(batch)
+        self.batch_bytes = self.shard_file.tell() - before  # the next one is about as large
 
     def close_shard(self) -> None:
         """Finish the current Parquet file; the next batch opens another."""
-        if self.parquet is not None:
+        if self.parquet is not None and self.shard_file is not None:
             self.parquet.close()
-            self.parquet = None
+            self.shard_file.close()
+            self.parquet = self.shard_file = None
             self.shards += 1
-            self.shard_tokens = 0
 
     def close(self) -> None:
         """Write what is pending and finish all files."""
-        self.flush()
+        if self.pending_rows:
+            self.write_batch(TokenBatch.joined(self.pending))
+            self.pending, self.pending_rows = [], 0
         self.close_shard()
         self.arrow.close()
 
 
-def record_batch(rows: Sequence[TokenRow]) -> pa.RecordBatch:
+def record_batch(rows: TokenBatch) -> pa.RecordBatch:
     """Rows as one Arrow record batch of SCHEMA."""
-    starts = np.concatenate(([0], np.cumsum([len(row.input_ids) for row in rows])))
-    tokens = pa.array(np.concatenate([row.input_ids for row in rows]), pa.int32())
-    masks = pa.array(np.concatenate([row.loss_mask for row in rows]), pa.bool_())
+    tokens = pa.array(rows.input_ids, pa.int32())
+    masks = pa.array(rows.loss_mask, pa.bool_())
     types = [field.type for field in SCHEMA]
     columns = [
-        pa.array([row.sample_id for row in rows], types[0]),
-        pa.LargeListArray.from_arrays(starts, tokens, types[1]),
-        pa.LargeListArray.from_arrays(starts, masks, types[2]),
-        pa.array([row.source for row in rows], types[3]),
+        pa.array(rows.sample_ids, types[0]),
+        pa.LargeListArray.from_arrays(rows.starts, tokens, types[1]),
+        pa.LargeListArray.from_arrays(rows.starts, masks, types[2]),
+        pa.array(rows.sources, types[3]),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
 def write_packs(prepared_folder: Path, split: str, packs: Packs) -> None:
-    """Write packs as Parquet: one row a pack, `samples` its sample indices."""
+    """Write packs as Parquet: one row a pack, `samples` its sample indices, `stage` the stage it belongs to."""
     path = packing_file(prepared_folder, split)
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = pa.LargeListArray.from_arrays(packs.starts, packs.indices)
-    pq.write_table(pa.table({"samples": samples}), path, compression="zstd")
+    stages = np.repeat(np.arange(len(packs.stages), dtype=np.int32), np.diff([*packs.stages, len(packs)]))
+    pq.write_table(pa.table({"samples": samples, "stage": stages}), path, compression="zstd")
 
 
 # --- reading
@@ -227,5 +296,7 @@ def list_offsets(column: pa.LargeListArray) -> npt.NDArray[np.int64]:
 
 def read_packs(prepared_folder: Path, split: str) -> Packs:
     """The packs of one split: 4 bytes a sample and 8 bytes a pack in memory."""
-    column = pq.read_table(packing_file(Path(prepared_folder), split)).column("samples").combine_chunks()
-    return Packs(column.values.to_numpy(), column.offsets.to_numpy())
+    table = pq.read_table(packing_file(Path(prepared_folder), split))
+    samples = table.column("samples").combine_chunks()
+    changes = np.flatnonzero(np.diff(table.column("stage").to_numpy())) + 1
+    return Packs(samples.values.to_numpy(), samples.offsets.to_numpy(), np.concatenate(([0], changes)))

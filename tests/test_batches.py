@@ -94,6 +94,18 @@ def test_the_order_is_new_in_every_epoch_and_the_same_in_every_process() -> None
     assert epoch_order(8, seed=1, epoch=0).tolist() == [0, 5, 4, 1, 2, 6, 3, 7]
 
 
+def test_rows_are_shuffled_inside_their_stage_only() -> None:
+    orders = [epoch_order(100, seed=1, epoch=epoch, stages=[0, 30, 90]).tolist() for epoch in range(3)]
+    for order in orders:
+        assert sorted(order[:30]) == list(range(30)) and sorted(order[30:90]) == list(range(30, 90))
+        assert sorted(order[90:]) == list(range(90, 100)) and order[:30] != list(range(30))
+    assert len({tuple(order) for order in orders}) == 3
+    assert orders[1] == epoch_order(100, seed=1, epoch=1, stages=[0, 30, 90]).tolist()
+    sampler = BlockSampler(100, batch_size=7, rank=0, world_size=1, seed=1, stages=[0, 30, 90])
+    sampler.set_epoch(1)
+    assert [row for batch in sampler for row in batch.tolist()] == orders[1]
+
+
 def test_the_loss_and_the_weights_do_not_depend_on_micro_batches(make_run: MakeRun) -> None:
     whole = make_run("whole", training={"lr": 1e-3, "batch_size": 4, "log_every": 1})
     parts = make_run("parts", training={"lr": 1e-3, "batch_size": 1, "gradient_accumulation": 4, "log_every": 1})

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from mixture.packing import best_fit_packs, single_packs
+from mixture.packing import best_fit_packs, single_packs, staged_packs
 
 
 def textbook_best_fit_decreasing(lengths, capacity):
@@ -83,3 +83,35 @@ def test_a_million_samples_take_seconds():
 
 def test_unpacked_runs_have_one_sample_in_each_pack():
     assert [pack.tolist() for pack in single_packs(3)] == [[0], [1], [2]]
+
+
+def test_packs_of_stages_hold_every_sample_once_and_never_cross_a_stage():
+    lengths = log_normal_lengths(3000, 512)
+    stages = [0, 1000, 1001, 2500]
+    packs = staged_packs(lengths, 512, stages, window=300)
+    assert np.array_equal(np.sort(packs.indices), np.arange(3000))
+    assert max(lengths[pack].sum() for pack in packs) <= 512
+    ends = [*packs.stages[1:], len(packs)]
+    for first, end, sample, last in zip(packs.stages, ends, stages, [*stages[1:], 3000], strict=True):
+        in_stage = np.concatenate([packs[pack] for pack in range(first, end)])
+        assert np.array_equal(np.sort(in_stage), np.arange(sample, last))
+
+
+def test_windows_keep_the_order_of_samples_to_within_a_window():
+    packs = staged_packs(log_normal_lengths(2000, 512), 512, [0, 1000], window=100)
+    windows = [sorted({int(sample) // 100 for sample in pack}) for pack in packs]
+    assert all(len(window) == 1 for window in windows) and windows == sorted(windows)
+
+
+@pytest.mark.parametrize("capacity", [2048, 4096, 8192])
+def test_windows_of_20000_samples_are_packed_as_full_as_everything_at_once(capacity):
+    lengths = log_normal_lengths(60_000, capacity)
+    staged = staged_packs(lengths, capacity, [0, 40_000])
+    assert len(staged) / len(best_fit_packs(lengths, capacity)) < 1.001
+
+
+def test_a_single_stage_is_packed_as_a_whole_and_an_empty_one_has_no_packs():
+    lengths = log_normal_lengths(500, 512)
+    whole = best_fit_packs(lengths, 512)
+    assert np.array_equal(staged_packs(lengths, 512, [0], window=10).indices, whole.indices)
+    assert staged_packs(np.array([3, 3]), 8, [0, 2, 2]).stages.tolist() == [0, 1, 1]

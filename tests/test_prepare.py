@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from chat_tokenizers import CHATML, LLAMA_3, chat_tokenizer
 
@@ -301,8 +302,193 @@ def test_a_killed_run_leaves_nothing_that_looks_finished_and_the_next_one_cleans
 
 def test_token_rows_do_not_depend_on_the_batches_they_were_made_in(tmp_path, monkeypatch):
     whole = prepare(make_request(tmp_path / "a"), tmp_path / "a", silent)
-    monkeypatch.setattr("mixture.prepare.SAMPLES_PER_BATCH", 7)
+    monkeypatch.setattr("mixture.tokenising.SAMPLES_PER_BATCH", 7)
     pieces = prepare(make_request(tmp_path / "b"), tmp_path / "b", silent)
     assert whole.fingerprint == pieces.fingerprint
     first, second = TokenRows.open(whole.folder, "test")[3], TokenRows.open(pieces.folder, "test")[3]
     assert np.array_equal(first.input_ids, second.input_ids)
+
+
+# --- workers
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("mixture.tokenising.SAMPLES_PER_BATCH", 64)
+    text = (
+        num_rows_many().replace('f"What is {i} + 1?"', '"Why? " * (i % 9) + str(i)').replace("str(i + 1)", "str(i) * 3")
+    )
+    contents = []
+    for workers in (1, 2, 3):
+        request = make_request(tmp_path / str(workers), text, max_length=48)
+        told = []
+        prepared = prepare(request, tmp_path / str(workers), told.append, workers=workers)
+        content = content_of(prepared.folder)
+        stats = json.loads(content.pop("stats.json"))
+        contents.append((content, {**stats, "tokenizer": ""}, prepared.folder.name))
+        assert told[-1].startswith("test: ") and 0 < prepared.splits["train"].rows < 2400
+    assert contents[0] == contents[1] == contents[2]
+
+
+def test_a_mistake_in_a_row_is_named_the_same_by_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr("mixture.tokenising.SAMPLES_PER_BATCH", 64)
+    text = num_rows_many().replace(
+        '"answer": str(i + 1)}', '**({"answer": str(i)} if i != 2000 else {"answer": None, "text": "x"})}'
+    )
+    messages = []
+    for workers in (1, 2):
+        with pytest.raises(ValueError, match="sample sums-train-2000 is plain text") as caught:
+            prepare(make_request(tmp_path, text), tmp_path, silent, workers=workers)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1] and list((tmp_path / "prepared").iterdir()) == []
+
+
+def test_a_worker_that_is_killed_is_an_error_and_workers_end_with_the_run(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from pathlib import Path; import test_prepare as t; from mixture.prepare import prepare\n"
+        "import mixture.tokenising, os, signal, time\n"
+        "mixture.tokenising.SAMPLES_PER_BATCH = 64\n"
+        "tokenised = mixture.tokenising.tokenised\n"
+        "def slow(renderer, batch):\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(0.1 if sys.argv[1] == 'killed' else 60)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "mixture.tokenising.tokenised = slow\n"
+        f"root = Path({str(tmp_path)!r})\n"
+        "try:\n    prepare(t.make_request(root, t.num_rows_many()), root, t.silent, workers=2)\n"
+        "except RuntimeError as error:\n    print(error)\n"
+    )
+
+    def start(what: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", code, what]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+
+    killed = start("killed")
+    assert killed.communicate(timeout=120)[0].splitlines()[-1].startswith("a worker that makes tokens was ended")
+    run = start("waiting")
+    worker = int(run.stdout.readline())
+    run.kill()
+    run.wait()
+    for _ in range(100):
+        if not Path("/proc", str(worker)).exists():
+            break
+        time.sleep(0.1)
+    assert not Path("/proc", str(worker)).exists()
+
+
+def test_shards_are_cut_at_the_size_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("mixture.shards.MEGABYTE", 4000)
+    monkeypatch.setattr("mixture.shards.TOKENS_PER_BATCH", 1)
+    prepared = prepare(make_request(tmp_path, num_rows_many(), shard_size_mb=2), tmp_path, silent)
+    shards = sorted((prepared.folder / "tokens").glob("train-*.parquet"))
+    assert len(shards) > 3 and all(shard.stat().st_size < 14_000 for shard in shards)
+
+
+def test_the_key_does_not_depend_on_the_tokenizer_backend(tmp_path):
+    request = make_request(tmp_path)
+    other = replace(request, dataset=replace(request.dataset, tokenizer_backend="huggingface"))
+    assert data_key(request) == data_key(other)
+    assert data_key(replace(request, dataset=replace(request.dataset, shard_size_mb=7))) != data_key(request)
+
+
+# --- mixtures
+
+
+def make_mixture(folder: Path, stages=((0, 100), (0, 50), (1, 90)), compress=False) -> Path:
+    """A finished mixture: three parts of train in two stages, and one of validation."""
+    folder.mkdir(parents=True)
+    parts = []
+    for number, (stage, count) in enumerate([*stages, (0, 20)]):
+        split = "validation" if number == len(stages) else "train"
+        file = f"{split}-{number:05d}.jsonl" + (".zst" if compress else "")
+        with pa.output_stream(str(folder / file), compression="zstd" if compress else None) as out:
+            for row in range(count):
+                source = "sums" if row % 5 else "words"
+                question = f"{stage} {number} {row}?" + " Why?" * (row % 7)
+                answer = {"role": "assistant", "content": "yes " * (8 if source == "words" else 2)}
+                sample = {"id": f"{split}-{number}-{row}", "source": source, "category": "c", "metadata": {"a": 1}}
+                sample["messages"] = [{"role": "user", "content": question}, answer]
+                out.write(json.dumps(sample).encode() + b"\n")
+        parts.append({"file": file, "split": split, "stage": stage, "rows": {}, "bytes": 0, "checksum": ""})
+    (folder / "MIXED").write_text(json.dumps({"key": folder.name, "parts": parts}))
+    return folder
+
+
+def mixture_request(root: Path, mixture: Path, **dataset) -> PreparationRequest:
+    request = make_request(root)
+    config = DatasetConfig(name="mix", max_length=128, **dataset)
+    return replace(request, module=None, mixture=mixture, dataset=config)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_mixture_is_prepared_with_its_stages_and_counts_by_source(tmp_path, compress):
+    told = []
+    mixture = make_mixture(tmp_path / "mix", compress=compress)
+    prepared = prepare(mixture_request(tmp_path, mixture), tmp_path, told.append)
+    train, rows = prepared.splits["train"], TokenRows.open(prepared.folder, "train")
+    assert (train.samples, prepared.splits["test"].samples, train.formats) == (240, 20, {"messages": 240})
+    assert [row.sample_id for row in rows][:2] == ["train-0-0", "train-0-1"] and not prepared.has_score
+    packs = read_packs(prepared.folder, "train")
+    assert train.stages == packs.stages.tolist() and len(train.stages) == 2
+    second = train.stages[1]
+    assert sorted(sample for pack in range(second) for sample in packs[pack]) == list(range(150))
+    for source in ("sums", "words"):
+        mine = [row for row in rows if row.source == source]
+        stats = train.sources[source]
+        assert (stats.samples, stats.rows) == (len(mine), len(mine))
+        assert stats.tokens == sum(len(row.input_ids) for row in mine)
+        assert stats.loss_tokens == sum(int(row.loss_mask[1:].sum()) for row in mine)
+    assert train.sources["sums"].samples == 192
+    words = train.sources["words"]
+    line = f"train: words 48 rows (20.0%), {words.tokens} tokens ({words.tokens / train.tokens:.1%}), "
+    assert any(told_line.startswith(line) for told_line in told)
+    assert not (prepared.folder / "train.jsonl").exists()
+    assert prepared == PreparedData.open(prepared.folder)
+
+
+def test_rows_that_are_dropped_shift_the_stages_and_a_stage_that_is_left_empty_is_none(tmp_path):
+    mixture = make_mixture(tmp_path / "mix", stages=((0, 10), (1, 10), (2, 5)))
+    lines = (mixture / "train-00001.jsonl").read_text().splitlines()
+    long = [line.replace("yes yes", "yes " * 200) for line in lines]
+    (mixture / "train-00001.jsonl").write_text("\n".join(long) + "\n")
+    prepared = prepare(mixture_request(tmp_path, mixture, packing=False), tmp_path, silent)
+    assert prepared.splits["train"].stages == [0, 10] and prepared.splits["train"].rows == 15
+
+
+def test_the_key_of_a_mixture_is_its_folders_or_else_its_markers(tmp_path):
+    key = data_key(mixture_request(tmp_path, tmp_path / "not made yet" / "0123456789abcdef"))
+    elsewhere = make_mixture(tmp_path / "mix")
+    first = data_key(mixture_request(tmp_path, elsewhere))
+    marker = (elsewhere / "MIXED").read_text()
+    (elsewhere / "MIXED").write_text(marker.replace('"key": "mix"', '"key": "0123456789abcdef"'))
+    assert data_key(mixture_request(tmp_path, elsewhere)) == key != first
+
+
+def test_a_mixture_that_is_not_finished_is_refused(tmp_path):
+    mixture = make_mixture(tmp_path / "mix")
+    (mixture / "MIXED").unlink()
+    with pytest.raises(ValueError, match="mix is no finished mixture: there is no MIXED in it"):
+        prepare(mixture_request(tmp_path, mixture), tmp_path, silent)
+
+
+def test_a_part_that_holds_other_rows_is_refused_by_name(tmp_path):
+    mixture = make_mixture(tmp_path / "mix")
+    (mixture / "train-00002.jsonl").write_text('{"question": 1}\n')
+    with pytest.raises(ValueError, match=r"train-00002\.jsonl, row 0 or one of the 1 .* no canonical sample"):
+        prepare(mixture_request(tmp_path, mixture), tmp_path, silent)
+
+
+def test_limit_keeps_the_first_rows_of_a_mixture(tmp_path):
+    mixture = make_mixture(tmp_path / "mix")
+    prepared = prepare(mixture_request(tmp_path, mixture, limit=120), tmp_path, silent)
+    assert [split.samples for split in prepared.splits.values()] == [120, 20]
+
+
+def test_data_comes_from_a_module_or_a_mixture_and_not_from_both(tmp_path):
+    for change in ({"mixture": tmp_path}, {"module": None}):
+        with pytest.raises(ValueError, match="from a dataset module or from a mixture: name one"):
+            replace(make_request(tmp_path), **change)

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mixture.packing import best_fit_packs
-from mixture.shards import SCHEMA, TokenRow, TokenRows, TokenWriter, read_packs, write_packs
+from mixture.packing import best_fit_packs, staged_packs
+from mixture.shards import SCHEMA, TokenBatch, TokenRow, TokenRows, TokenWriter, read_packs, write_packs
 
 
 def made_rows(count, longest=40):
@@ -29,9 +29,9 @@ def made_rows(count, longest=40):
     ]
 
 
-def write(folder, rows, split="train", max_length=1 << 20):
+def write(folder, rows, split="train", max_length=1 << 20, **keys):
     """Write rows in batches of 16, the fewest a batch may have."""
-    with TokenWriter(folder, split, max_length=max_length) as writer:
+    with TokenWriter(folder, split, max_length=max_length, **keys) as writer:
         for row in rows:
             writer.add(row)
     return writer
@@ -68,11 +68,12 @@ def test_a_split_that_was_not_prepared_is_a_missing_file(tmp_path):
 
 
 def test_parquet_shards_hold_the_same_rows_and_the_documented_columns(tmp_path, monkeypatch):
-    monkeypatch.setattr("mixture.shards.TOKENS_PER_SHARD", 500)
-    rows = made_rows(100)
-    write(tmp_path, rows)
+    monkeypatch.setattr("mixture.shards.MEGABYTE", 6_000)
+    rows = made_rows(200)
+    write(tmp_path, rows, shard_size_mb=1)
     shards = sorted((tmp_path / "tokens").glob("train-*.parquet"))
     assert len(shards) > 2 and shards[0].name == "train-00000.parquet"
+    assert all(shard.stat().st_size < 10_000 for shard in shards)  # a batch and the footer over the limit at most
     tables = [pq.read_table(shard) for shard in shards]
     assert all(table.schema.equals(SCHEMA) for table in tables)
     columns = [record for table in tables for record in table.to_pylist()]
@@ -96,11 +97,29 @@ def test_the_digest_changes_with_any_token_mask_or_boundary(tmp_path):
             tmp_path, [TokenRow("s", np.array(ids, np.int32), np.array(m, bool), "s") for ids, m in rows]
         ).digest
 
-    base = digest(([1, 2], [0, 1]), ([3], [1])).hexdigest()
-    assert base == digest(([1, 2], [0, 1]), ([3], [1])).hexdigest()
-    assert base != digest(([1, 2], [1, 1]), ([3], [1])).hexdigest()
-    assert base != digest(([1, 4], [0, 1]), ([3], [1])).hexdigest()
-    assert base != digest(([1], [0]), ([2, 3], [1, 1])).hexdigest()
+    base = digest(([1, 2], [0, 1]), ([3], [1]))
+    assert base == digest(([1, 2], [0, 1]), ([3], [1]))
+    assert base != digest(([1, 2], [1, 1]), ([3], [1]))
+    assert base != digest(([1, 4], [0, 1]), ([3], [1]))
+    assert base != digest(([1], [0]), ([2, 3], [1, 1]))
+
+
+def test_how_rows_are_divided_over_calls_changes_no_byte(tmp_path):
+    rows = made_rows(100)
+    one_by_one = write(tmp_path / "a", rows)
+    with TokenWriter(tmp_path / "b", "train", max_length=1 << 20) as writer:
+        for first, last in ((0, 3), (3, 3), (3, 60), (60, 100)):
+            writer.extend(TokenBatch.of_rows(rows[first:last]))
+    assert one_by_one.digest == writer.digest and one_by_one.lengths == writer.lengths
+    for name in ("train.arrow", "train-00000.parquet"):
+        assert (tmp_path / "a/tokens" / name).read_bytes() == (tmp_path / "b/tokens" / name).read_bytes()
+
+
+def test_stages_of_packs_come_back(tmp_path):
+    packs = staged_packs(np.random.default_rng(0).integers(1, 100, 500), 128, [0, 200, 450])
+    write_packs(tmp_path, "train", packs)
+    assert read_packs(tmp_path, "train").stages.tolist() == packs.stages.tolist()
+    assert len(packs.stages) == 3
 
 
 def test_packs_come_back_as_they_went_in(tmp_path):

@@ -74,17 +74,22 @@ def flat_batch(input_ids: Sequence[np.ndarray], loss_masks: Sequence[np.ndarray]
 class BlockSampler:
     """The micro-batches of one rank for one epoch: lists of row numbers, the same for the same seed and epoch.
 
+    `stages`: the first row of each stage; rows are shuffled inside their stage, and stages keep their order.
+
     An optimizer step takes the next `batch_size x gradient_accumulation x world_size` rows of the epoch's order, so
     the rows of a step do not depend on how they are spread over ranks and micro-batches. Every rank gets as many
     micro-batches as the others; where the epoch's last rows do not reach a rank, its batch is empty.
     """
 
-    def __init__(self, num_rows: int, *, batch_size: int, rank: int, world_size: int, seed: int):
+    def __init__(
+        self, num_rows: int, *, batch_size: int, rank: int, world_size: int, seed: int, stages: Sequence[int] = (0,)
+    ):
         self.num_rows = num_rows
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
+        self.stages = stages
         self.epoch = 0
 
     @property
@@ -99,7 +104,7 @@ class BlockSampler:
         return math.ceil(self.num_rows / (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        order = epoch_order(self.num_rows, seed=self.seed, epoch=self.epoch)
+        order = epoch_order(self.num_rows, seed=self.seed, epoch=self.epoch, stages=self.stages)
         for share in even_shares(self.num_rows, batch_size=self.batch_size, rank=self.rank, world_size=self.world_size):
             yield order[share.start : share.stop]
 
@@ -111,6 +116,8 @@ def even_shares(num_rows: int, *, batch_size: int, rank: int, world_size: int) -
         yield range(min(mine.start, num_rows), min(mine.stop, num_rows))
 
 
-def epoch_order(num_rows: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch's rows."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_rows)
+def epoch_order(num_rows: int, *, seed: int, epoch: int, stages: Sequence[int] = (0,)) -> np.ndarray:
+    """The order of an epoch's rows: shuffled inside each stage, given by its first row."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    ends = [*stages[1:], num_rows]
+    return np.concatenate([first + generator.permutation(end - first) for first, end in zip(stages, ends, strict=True)])

@@ -175,6 +175,7 @@ class BlockTrainer(Trainer):
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             seed=self.args.seed,
+            stages=self.train_dataset.packs.stages.tolist(),
         )
         return DataLoader(
             self.train_dataset,
