@@ -32,6 +32,8 @@ class Supply:
     """What has yet to be fetched."""
     text_bytes: int = 0
     """Bytes of text in the rows left for training."""
+    short_prompts: int = 0
+    """Rows left for training whose prompt is short enough for a first stage of short prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)

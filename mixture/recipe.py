@@ -69,6 +69,7 @@ class FallbackConfig:
     hub: str | None = None
     file: str | list[str] | None = None
     split: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     licence: str | None = None
 
 
@@ -96,6 +97,9 @@ class SourceConfig:
 
     split: str | None = None
     """Split to read; the dataset's training split where unset."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keys that the dataset module offers, see DATASETS.md: {language: Python}."""
 
     fallback: list[FallbackConfig] = field(default_factory=list)
     """Further places, tried in order."""
