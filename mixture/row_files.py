@@ -13,6 +13,7 @@ import lzma
 import os
 import re
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -102,7 +103,7 @@ def opened(path: Path) -> io.BufferedReader:
 def write_lines(lines: Iterable[bytes], target: Path) -> None:
     """Write the lines beside `target`, which appears when all of them are on disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         with partial.open("wb") as file:
             file.writelines(lines)
@@ -143,7 +144,10 @@ def array_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
     decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
     scan = json.JSONDecoder().raw_decode
     blocks = iter(blocks)
-    buffer, place, ended, between = decoder.decode(next(blocks)).lstrip()[1:], 0, False, ""
+    buffer, place, ended, between = "", 0, False, ""
+    while not buffer:
+        buffer = decoder.decode(next(blocks)).lstrip()
+    buffer = buffer[1:]
     while True:
         place = BLANKS.match(buffer, place).end()  # type: ignore[union-attr]
         mark = buffer[place : place + 1]
