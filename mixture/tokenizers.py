@@ -31,8 +31,8 @@ BREAK = "\U000f2000"
 FIRST_STAND_IN = 0xF2001
 """The template's control tokens are characters from here on while their namesakes in content are read as text."""
 
-STAND_INS = re.compile("[\U000f2000-\U000f2fff]")
-REASONING_TOKENS = ("<think>", "</think>", "[THINK]", "[/THINK]")
+STAND_INS = re.compile("[\U000f2000-\U000ffffd]")
+REASONING_TOKENS = {"<think>", "</think>", "[THINK]", "[/THINK]"}
 """Control tokens of some tokenizers that an assistant's content holds on purpose."""
 
 
@@ -282,12 +282,9 @@ class ControlTokens:
         added = backend.get_added_tokens_decoder()
         self.original = backend
         self.special = {token.content: token for token in added.values() if token.special and len(token.content) > 1}
-        longest_first = sorted(self.special, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self.in_answers = re.compile(
-            "|".join(re.escape(token) for token in longest_first if token not in REASONING_TOKENS) or r"(?!)"
-        )
-        self.stand_ins = {content: chr(FIRST_STAND_IN + place) for place, content in enumerate(longest_first)}
+        self.pattern = re.compile(longest_of(set(self.special)) or r"(?!)")
+        self.in_answers = re.compile(longest_of(set(self.special) - REASONING_TOKENS) or r"(?!)")
+        self.stand_ins = {content: chr(FIRST_STAND_IN + place) for place, content in enumerate(self.special)}
         self.backend: Any = None
         self.real_ids: npt.NDArray[np.int32] = np.empty(0, np.int32)
 
@@ -355,6 +352,17 @@ class ControlTokens:
         plain = text.replace(BREAK, " ")  # a blank in each broken token leaves nothing to tell apart
         if self.encoded(plain, [])[0].tolist() != self.original.encode(plain, add_special_tokens=False).ids:
             raise ValueError("this tokenizer gives other ids where control tokens in content are read as plain text")
+
+
+def longest_of(words: set[str]) -> str:
+    """A pattern for the longest word that fits, by the beginnings that words share: some tokenizers have thousands."""
+    tails: dict[str, set[str]] = {}
+    for word in words - {""}:
+        tails.setdefault(word[0], set()).add(word[1:])
+    options = "|".join(re.escape(first) + longest_of(rest) for first, rest in sorted(tails.items()))
+    if "" in words and options:
+        return f"(?:{options})?"
+    return f"(?:{options})" if len(tails) > 1 else options
 
 
 def nested(pattern: re.Pattern[str], value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import mixture.tokenizers
 from mixture.formats import Sample
 from mixture.render import Renderer
-from mixture.tokenizers import FAST_BACKENDS, MAKERS, ByteLengths, FlatIds, choose_backend, offsets_backend
+from mixture.tokenizers import FAST_BACKENDS, MAKERS, ByteLengths, FlatIds, choose_backend, longest_of, offsets_backend
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "[INST]", "[/INST]"]
 
@@ -142,6 +143,14 @@ def test_reasoning_marks_in_an_answer_stay_tokens_and_in_a_question_become_text(
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
     (row,) = renderer(tokenizer).token_rows([sample("What is <think>? <s>", "<think>a word</think>It opens.")])
     assert row.input_ids.tolist().count(tokenizer.convert_tokens_to_ids("<think>")) == 1
+
+
+def test_the_longest_of_thousands_of_control_tokens_is_found():
+    words = {*SPECIAL_TOKENS, "<|im_start|>x", *(f"<unused{number}>" for number in range(6000))}
+    pattern = re.compile(longest_of(words))
+    assert all(pattern.fullmatch(word) for word in words)
+    found = pattern.findall("<unused17> <|im_start|>x<|im_start|>y <unused6000> </s><s")
+    assert found == ["<unused17>", "<|im_start|>x", "<|im_start|>", "</s>"]
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
