@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
+from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 WHITESPACE = bytes([*range(9, 14), *range(28, 33)])
 """What str.split takes as white space in ASCII."""
@@ -46,33 +46,33 @@ def fingerprints(texts: Sequence[str], prompt_characters: Sequence[int]) -> Fing
         kept[repeated + 1] = False
         joined = np.frombuffer(joined, np.uint8)[kept].tobytes()
         starts = starts - np.searchsorted(repeated, starts - 1)
-    content = bytearray()
-    prompt = []
     bounds = starts.tolist()
-    for row, characters in enumerate(prompt_characters):
-        first, middle, last = bounds[2 * row], bounds[2 * row + 1], bounds[2 * row + 2]
-        content += xxhash.xxh3_128_digest(joined[first : last - 1])
-        prompt.append(xxhash.xxh3_64_intdigest(joined[first : middle - 1]) if characters else 0)
-    halves = np.frombuffer(bytes(content), ">u8").astype(np.uint64).reshape(-1, 2)
+    rows = zip(bounds[0:-1:2], bounds[1::2], bounds[2::2], prompt_characters, strict=True)
+    content, prompt = [], []
+    for first, middle, last, characters in rows:
+        content.append(xxh3_128_digest(joined[first : last - 1]))
+        prompt.append(xxh3_64_intdigest(joined[first : middle - 1]) if characters else 0)
+    halves = np.frombuffer(b"".join(content), ">u8").astype(np.uint64).reshape(-1, 2)
     return Fingerprints(halves, np.array(prompt, np.uint64))
 
 
 def joined_lower_case(texts: Sequence[str], prompt_characters: Sequence[int]) -> tuple[bytes, npt.NDArray[np.int64]]:
     """All texts as UTF-8 in lower case, a space for all white space and around each text, and where each one's
     prompt and rest begin: [2 x texts + 1]. A text without a prompt begins with its rest."""
-    lengths = np.zeros(2 * len(texts) + 1, np.int64)
+    lengths = [1]
     pieces: list[str] = [""]
-    for row, (text, characters) in enumerate(zip(texts, prompt_characters, strict=True)):
-        if not text.isascii():
-            prompt, text = lower_case(text[:characters]), lower_case(text)
-            lengths[2 * row + 1] = len(prompt.encode()) + 1 if characters else 0
-            lengths[2 * row + 2] = len(text.encode()) + 1 - lengths[2 * row + 1]
+    for text, characters in zip(texts, prompt_characters, strict=True):
+        if text.isascii():
+            prompt_bytes, size = characters, len(text)
         else:
-            lengths[2 * row + 1] = characters + 1 if characters else 0
-            lengths[2 * row + 2] = len(text) + 1 - lengths[2 * row + 1]
+            prompt_bytes, text = len(lower_case(text[:characters]).encode()), lower_case(text)
+            size = len(text.encode())
+        before = prompt_bytes + 1 if characters else 0
+        lengths.append(before)
+        lengths.append(size + 1 - before)
         pieces.append(text)
     pieces.append("")
-    return "\n".join(pieces).encode().translate(LOWER_AND_SPACE), np.cumsum(lengths) + 1
+    return "\n".join(pieces).encode().translate(LOWER_AND_SPACE), np.cumsum(lengths)
 
 
 def lower_case(text: str) -> str:

@@ -13,14 +13,15 @@ What the other parts code against:
 A filter, compiled once per source and called on every row:
 
     Keep = Callable[[str, Row, Content], str | None]
-    keep(text, row, sample) -> None to keep the row, else the reason, or "reason: detail"
+    keep(text, row, content) -> None to keep the row, else the reason, or "reason: detail"
 
 `text` is the plain text of the sample (turns joined by a newline, no role names), `row` the raw row (for a licence
-column), `sample` the canonical sample (`messages`, `text`, ..., `metadata`). Reasons are counted, so they are few and
+column), `content` the canonical content (`messages`, `text`, ...). Reasons are counted, so they are few and
 constant ("too short", "licence not allowed"); what differs from row to row goes after ": ". Filters run in forked
 workers: they need not be picklable, and what they change in memory is lost.
 
-A row whose metadata holds `parent` belongs to that conversation: all rows of one parent go to the same split.
+A row with `parent`, in a column or in its metadata, belongs to that conversation: all rows of one parent go to the same
+split.
 
 Files in the folder: NNNNNN.index, the rows of a chunk as INDEX; NNNNNN.json, its counts, written last; plan.json;
 expanded-*.jsonl, plain copies of compressed files, which then are read in chunks like all others.
@@ -45,14 +46,14 @@ import orjson
 import xxhash
 
 from mixture.fingerprints import fingerprints
-from mixture.formats import Content, Row, canonical_row
+from mixture.formats import Content, Row, fitting
 from mixture.whole_files import remove_leftovers, whole_file, write_whole
 from mixture.workers import Report, run_tasks
 
 FORMAT_VERSION = 1
 """Raised whenever the same rows give another index."""
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 16 << 20
 BLOCK_BYTES = 256 << 10
 """Rows that are fingerprinted together: small enough for a core's own cache."""
 MAX_LINE_BYTES = 32 << 20
@@ -229,7 +230,8 @@ class Scan:
             if wanted is None or chunk.source.name in wanted:
                 index = self.index(chunk)
                 for row_id, line in zip(row_ids(chunk, index).tolist(), lines_of(chunk, index), strict=True):
-                    yield row_id, plain_text(canonical_row(orjson.loads(line), "", "", None, chunk.source.format))[0]
+                    row = orjson.loads(line)
+                    yield row_id, plain_text(fitting(row, chunk.source.format).format.read(row))[0]
 
 
 def row_ids(chunk: Chunk, index: Index) -> npt.NDArray[np.uint64]:
@@ -416,42 +418,50 @@ class ChunkReader:
     def read_block(self, lines: list[bytes | int], first_offset: int) -> Index:
         """The index rows of the lines that are kept."""
         source = self.chunk.source
-        keep, name, category, row_format = source.keep, source.name, source.category, source.format
+        keep, row_format, loads = source.keep, source.format, orjson.loads
         texts: list[str] = []
         prompts: list[int] = []
-        places: list[tuple[int, int, int]] = []
+        places: tuple[list[int], list[int], list[int]] = ([], [], [])
         parents: list[tuple[int, int]] = []
+        add_text, add_prompt, (add_offset, add_size, add_line) = (
+            texts.append,
+            prompts.append,
+            (p.append for p in places),
+        )
         offset = first_offset
         for number, line in enumerate(lines, self.lines):
             if isinstance(line, int):
                 self.reject(number, f"line too long: {line} bytes, at most {MAX_LINE_BYTES}", b"")
                 continue
-            begin, offset = offset, offset + len(line) + 1
+            begin, size = offset, len(line)
+            offset += size + 1
             try:
-                row = orjson.loads(line)
+                row = loads(line)
             except orjson.JSONDecodeError as error:
                 if line.strip():
                     self.reject(number, unreadable(line, error), line)
                 continue
             try:
-                sample = canonical_row(row, name, "", category, row_format)
-                text, prompt = plain_text(sample)
+                content = fitting(row, row_format).format.read(row)
+                text, prompt = plain_text(content)
             except ValueError as error:
                 self.reject(number, misfit(row, error), line)
                 continue
             if keep is not None:
                 try:
-                    reason = keep(text, row, sample)
+                    reason = keep(text, row, content)
                 except ValueError as error:
                     raise ValueError(f"{self.chunk.named}, line {line_number(self.chunk, begin)}: {error}") from error
                 if reason is not None:
                     self.reject(number, reason, line)
                     continue
-            if (parent := sample["metadata"].get("parent")) is not None:
+            if (parent := parent_of(row)) is not None:
                 parents.append((len(texts), xxhash.xxh3_64_intdigest(str(parent).encode())))
-            texts.append(text)
-            prompts.append(prompt)
-            places.append((begin, len(line), number))
+            add_text(text)
+            add_prompt(prompt)
+            add_offset(begin)
+            add_size(size)
+            add_line(number)
         self.lines += len(lines)
         return self.index(texts, prompts, places, parents)
 
@@ -459,7 +469,7 @@ class ChunkReader:
         self,
         texts: list[str],
         prompts: list[int],
-        places: list[tuple[int, int, int]],
+        places: tuple[list[int], list[int], list[int]],
         parents: list[tuple[int, int]],
     ) -> Index:
         """Index rows of kept texts."""
@@ -471,13 +481,15 @@ class ChunkReader:
         index["group"] = np.where(np.array(prompts) > 0, found.prompt, found.content[:, 1])
         for row, parent in parents:
             index["group"][row] = parent
-        index["offset"], index["size"], index["line"] = np.array(places, np.uint32).T
-        index["characters"] = [len(text) for text in texts]
-        index["text_bytes"] = [utf8_bytes(text) for text in texts]
-        index["prompt_bytes"] = [
-            prompt if text.isascii() else len(text[:prompt].encode())
-            for text, prompt in zip(texts, prompts, strict=True)
-        ]
+        index["offset"], index["size"], index["line"] = places
+        characters = list(map(len, texts))
+        index["characters"] = characters
+        index["text_bytes"] = characters
+        index["prompt_bytes"] = prompts
+        for row, text in enumerate(texts):
+            if not text.isascii():
+                index["text_bytes"][row] = len(text.encode())
+                index["prompt_bytes"][row] = len(text[: prompts[row]].encode())
         self.kept += len(texts)
         self.text_bytes += int(index["text_bytes"].sum(dtype=np.int64))
         return index
@@ -509,6 +521,12 @@ def line_number(chunk: Chunk, offset: int) -> int:
             left -= len(block)
             lines += block.count(b"\n")
     return lines
+
+
+def parent_of(row: Row) -> Any:
+    """The conversation that a row was cut from, where it names one."""
+    metadata = row.get("metadata")
+    return row.get("parent") if metadata is None or type(metadata) is not dict else metadata.get("parent")
 
 
 def unreadable(line: bytes, error: Exception) -> str:
@@ -551,6 +569,8 @@ def turns_text(messages: Sequence[Content]) -> tuple[str, int]:
     except TypeError:  # contents given as parts, or none
         contents = [content if isinstance(content, str) else parts_text(content) for content in contents]
         text = "\n".join(contents)
+    if len(messages) > 1 and messages[1]["role"] == "assistant" != messages[0]["role"]:
+        return text, len(contents[0])
     prompt = -1
     for message, content in zip(messages, contents, strict=True):
         if message["role"] == "assistant":
@@ -567,10 +587,6 @@ def flat(value: Any) -> str:
 def parts_text(content: Any) -> str:
     """The texts in a content given as parts, images and the like left out."""
     return "".join(part.get("text") or "" for part in content or [])
-
-
-def utf8_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
 
 
 def lines_of(chunk: Chunk, index: Index) -> Iterator[bytes]:
