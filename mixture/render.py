@@ -376,8 +376,13 @@ class Renderer:
         contents = [sample.content for sample in samples]
         texts = [content["text"] for content in contents if "text" in content]
         conversations = [content["messages"] for content in contents if "messages" in content]
-        if not self.tokenizer.is_fast or not (texts or conversations):
+        if not (texts or conversations):
             return BackendChoice("huggingface")
+        if not self.tokenizer.is_fast:
+            return BackendChoice("huggingface", ("tokenizer_backend huggingface: the tokenizer has no tokenizer.json",))
+        if not texts and self.objective == "sft" and self.byte_lengths is None:
+            reason = "loss masks need the places of tokens, which fast readers tell for byte-level tokenizers only"
+            return BackendChoice("huggingface", (f"tokenizer_backend huggingface: {reason}",))
         for messages in conversations:
             try:
                 texts.append(self.template.render(messages))

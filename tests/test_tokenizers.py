@@ -227,6 +227,12 @@ def test_a_fast_backend_gives_the_same_rows(backend):
     )
 
 
+def test_a_tokenizer_whose_masks_need_offsets_keeps_to_hugging_face_and_that_is_told():
+    rendering = renderer(TOKENIZERS["sentencepiece, ▁ by normalizer"](CHATML))
+    choice = rendering.choose_backend("auto", SAMPLES)
+    assert choice.name == "huggingface" and "loss masks need the places of tokens" in choice.lines[0]
+
+
 def test_a_backend_with_other_ids_is_not_used_and_that_is_told(monkeypatch):
     def shifted(backend):
         def encode(texts):
