@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import finetuning
-from mixture.prepare import PreparedData
+from mixture.config import DatasetConfig
+from mixture.prepare import PreparationRequest, PreparedData, prepare
 from mixture.shards import TokenRow, TokenRows, read_packs
 from training.batches import BlockSampler, PackedDataset, collate, epoch_order
+from training.checkpoints import newest_valid
 from training.run import FinetuningRun
 
 MakeRun = Callable[..., FinetuningRun]
@@ -104,6 +109,58 @@ def test_rows_are_shuffled_inside_their_stage_only() -> None:
     sampler = BlockSampler(100, batch_size=7, rank=0, world_size=1, seed=1, stages=[0, 30, 90])
     sampler.set_epoch(1)
     assert [row for batch in sampler for row in batch.tolist()] == orders[1]
+
+
+def test_a_chain_trains_the_stages_of_a_mixture_in_order_and_resumes_exactly(
+    make_run: MakeRun, prepared_sums: PreparedData, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (prepared_sums.folder / "train.jsonl").read_text().splitlines(keepends=True)
+    mixture = tmp_path / "mixture"
+    mixture.mkdir()
+    for stage, rows in enumerate((lines[:25], lines[25:])):
+        (mixture / f"{stage}.jsonl").write_text("".join(rows))
+    parts = [{"file": f"{stage}.jsonl", "split": "train", "stage": stage} for stage in (0, 1)]
+    (mixture / "MIXED").write_text(json.dumps({"key": "sums", "parts": parts}))
+    request = PreparationRequest(
+        dataset=DatasetConfig(name="sums", max_length=128),
+        mixture=mixture,
+        tokenizer=str(tiny_model),
+        objective="sft",
+        seed=1,
+    )
+    prepared = prepare(request, tmp_path, lambda line: None)
+    seen: list[int] = []
+    read = PackedDataset.__getitem__
+
+    def recorded(self: PackedDataset, index: int) -> list[TokenRow]:
+        seen.append(int(index))
+        return read(self, index)
+
+    weights, orders = [], []
+    for name, blocks in (("whole", 1), ("chain", 3)):
+        run = make_run(name, training={"lr": 1e-3, "epochs_per_job": 3 // blocks, "total_jobs": blocks})
+        run = replace(run, prepared=prepared.folder)
+        seen.clear()
+        monkeypatch.setattr(PackedDataset, "__getitem__", recorded)
+        while not finetuning.train(run).finished:
+            pass
+        monkeypatch.setattr(PackedDataset, "__getitem__", read)
+        orders.append(list(seen))
+        (file,) = newest_checkpoint(run).glob("*model.safetensors")
+        weights.append(file.read_bytes())
+    train = prepared.splits["train"]
+    assert train is not None and train.stages == [0, train.stages[1]] and prepared.splits.get("test") is None
+    for epoch in range(3):
+        order = orders[0][epoch * train.packs : (epoch + 1) * train.packs]
+        assert sorted(order[: train.stages[1]]) == list(range(train.stages[1]))
+        assert sorted(order) == list(range(train.packs))
+    assert orders[0] == orders[1] and weights[0] == weights[1]
+
+
+def newest_checkpoint(run: FinetuningRun) -> Path:
+    checkpoint, _ = newest_valid(run.folder.checkpoints)
+    assert checkpoint is not None
+    return checkpoint.path
 
 
 def test_the_loss_and_the_weights_do_not_depend_on_micro_batches(make_run: MakeRun) -> None:
