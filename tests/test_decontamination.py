@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from mixture.decontamination import ContaminationSearch, EvaluationItem, EvaluationItems, read_evaluation_items
 
+REAL_DATA = os.environ.get("BATON_REAL_DATA")
 VOCABULARY = [f"w{number}" for number in range(12)] + ["it's", "x_1", "Été", "naïve", "数学", "3.5", "\u2013", "“q”"]
 
 
@@ -154,3 +156,27 @@ def test_lengths_of_runs_that_make_no_sense_are_refused() -> None:
         EvaluationItems([], 1)
     with pytest.raises(ValueError, match=r"reported_words \(8\) must not exceed words \(5\)"):
         ContaminationSearch([], words=5)
+
+
+@pytest.mark.skipif(not REAL_DATA, reason="BATON_REAL_DATA does not name a folder with the original files")
+@pytest.mark.parametrize("length", [8, 13])
+def test_real_training_rows_meet_the_items_that_a_comparison_of_all_runs_finds(length: int) -> None:
+    folder = Path(str(REAL_DATA))
+    read = read_evaluation_items([folder / "mbpp.jsonl", folder / "gsm8k_test.jsonl"])
+    items = [one for one in read if len(one.words) >= length]
+    texts = [" ".join(row.values()) for row in json.loads((folder / "codealpaca_2k.json").read_text(encoding="utf-8"))]
+    texts += [json.loads(line)["question"] for line in (folder / "gsm8k_train.jsonl").open(encoding="utf-8")]
+    owners: dict[tuple[str, ...], set[int]] = {}
+    for index, one in enumerate(items):
+        words = [word.decode() for word in one.words]
+        for start in range(len(words) - length + 1):
+            owners.setdefault(tuple(words[start : start + length]), set()).add(index)
+    search = EvaluationItems(items, length)
+    rows_met = 0
+    for text in texts:
+        words = re.findall(r"\w+", text.lower())
+        runs = (tuple(words[start : start + length]) for start in range(len(words) - length + 1))
+        expected = {index for run in runs for index in owners.get(run, ())}
+        assert search.met_by(text) == expected
+        rows_met += bool(expected)
+    assert rows_met == {8: 119, 13: 4}[length]
