@@ -14,6 +14,10 @@ MANY_EPOCHS = 4
 """Beyond about four passes repeated rows teach little (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
 
+ROW_OVERHEAD_BYTES = 200
+"""Of a line of JSON beyond its text: id, source, category, roles, quotes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Supply:
     """What pass 1 found in one source."""
@@ -80,6 +84,8 @@ class MixPlan:
 
     sources: tuple[PlannedSource, ...]
     by: Literal["rows", "tokens"]
+    layouts: int = 1
+    """How many times the rows are written: mixed, by category, or both."""
     notes: tuple[str, ...] = ()
     """What a user should know before the data is written."""
 
@@ -104,13 +110,13 @@ class MixPlan:
         return sum(source.supply.download_bytes for source in self.sources)
 
     @property
-    def text_bytes(self) -> int:
-        """Bytes of text that the mix will hold, about."""
-        return sum(
-            round(source.supply.text_bytes / source.supply.rows * (source.rows + source.held_out_rows))
-            for source in self.sources
-            if source.supply.rows
-        )
+    def output_bytes(self) -> int:
+        """Bytes of one layout of the mix, about."""
+        text = 0.0
+        for source in self.sources:
+            mean = source.supply.text_bytes / max(1, source.supply.rows) + ROW_OVERHEAD_BYTES
+            text += mean * (source.rows + source.held_out_rows)
+        return round(text)
 
 
 def solve(supplies: Mapping[str, Supply], mixture: Mixture) -> MixPlan:
@@ -147,7 +153,12 @@ def solve(supplies: Mapping[str, Supply], mixture: Mixture) -> MixPlan:
         )
         for index, source in enumerate(sources)
     )
-    return MixPlan(sources=planned, by=mixture.by, notes=tuple(notes(mixture, planned)))
+    return MixPlan(
+        sources=planned,
+        by=mixture.by,
+        layouts=2 if mixture.layout == "both" else 1,
+        notes=tuple(notes(mixture, planned)),
+    )
 
 
 def pool_of(source: SourceConfig, supply: Supply) -> int:
@@ -306,7 +317,8 @@ def render_plan(plan: MixPlan) -> str:
     text += [
         f"{source.name} dropped: {reasons(source.supply.dropped)}" for source in plan.sources if source.supply.dropped
     ]
-    text.append(f"download {size(plan.download_bytes)}, disk for the mix about {size(2 * plan.text_bytes)} while made")
+    disk = [size(plan.output_bytes * layouts) for layouts in (plan.layouts, plan.layouts + 1)]
+    text.append(f"download {size(plan.download_bytes)}; disk about {disk[0]}, {disk[1]} while it is made")
     return "\n".join(text + [f"note: {note}" for note in plan.notes])
 
 
