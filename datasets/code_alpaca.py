@@ -1,6 +1,6 @@
 """CodeAlpaca: 20 k code instructions with generated answers, in Alpaca's columns."""
 
-from mixture.hub import HubSource, load_source
+from mixture.hub import HubRows, HubSource
 
 SOURCE = HubSource(
     id="sahil2801/CodeAlpaca-20k",
@@ -11,7 +11,4 @@ SOURCE = HubSource(
     format="alpaca",
 )
 
-
-def get_custom_dataset(dataset_config, processor, split, split_ratio=0.95):
-    """Rows with `instruction`, `input` and `output`; there is one set, divided by `split_ratio`."""
-    return load_source(SOURCE, dataset_config, split, split_ratio)
+get_custom_dataset = HubRows(SOURCE)

@@ -2,7 +2,7 @@
 
 import re
 
-from mixture.hub import HubSource, load_source
+from mixture.hub import HubRows, HubSource
 
 SOURCE = HubSource(
     id="openai/gsm8k",
@@ -11,15 +11,14 @@ SOURCE = HubSource(
     licence="MIT",
     commercial_use=True,
     rows={"train": 7473, "test": 1319},
+    files={"train": "main/train-*.parquet", "test": "main/test-*.parquet"},
     format="question/answer",
 )
 
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
 
-def get_custom_dataset(dataset_config, processor, split, split_ratio=0.9):
-    """Rows with `question` and `answer`. `split_ratio` divides a single local file; the hub has its own splits."""
-    return load_source(SOURCE, dataset_config, split, split_ratio)
+get_custom_dataset = HubRows(SOURCE)
 
 
 def score(prediction, row):

@@ -3,7 +3,7 @@
 The test split is a benchmark: training on it makes published scores meaningless.
 """
 
-from mixture.hub import HubSource, load_source, read_files
+from mixture.hub import HubRows, HubSource
 
 SOURCE = HubSource(
     id="google-research-datasets/mbpp",
@@ -12,6 +12,12 @@ SOURCE = HubSource(
     licence="CC-BY-4.0",
     commercial_use=True,
     rows={"train": 374, "test": 500, "validation": 90, "prompt": 10},
+    files={
+        "train": "full/train-*.parquet",
+        "test": "full/test-*.parquet",
+        "validation": "full/validation-*.parquet",
+        "prompt": "full/prompt-*.parquet",
+    },
     format="programming task",
 )
 
@@ -24,9 +30,9 @@ TASK_IDS = {
 }
 
 
-def get_custom_dataset(dataset_config, processor, split):
-    """Rows with `text`, `code`, `test_list` and `task_id`; a single local file is divided by the authors' task ids."""
-    if not isinstance(dataset_config.data_files, str):
-        return load_source(SOURCE, dataset_config, split)
-    wanted = TASK_IDS[split]
-    return read_files([dataset_config.data_files]).filter(lambda row: row["task_id"] in wanted)
+def is_in_split(row, split):
+    """Whether a row of the authors' single file belongs to the split."""
+    return row["task_id"] in TASK_IDS[split]
+
+
+get_custom_dataset = HubRows(SOURCE, is_in_split=is_in_split)

@@ -208,6 +208,21 @@ def count_lines(path: Path) -> int:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
 
+def fetched_bytes(address: str) -> bytes | None:
+    """What is at a web address, asked for again while the server is busy; None where there is nothing."""
+    from huggingface_hub.utils import http_backoff  # type: ignore[attr-defined, unused-ignore]
+
+    try:
+        response = http_backoff("GET", address)
+    except Exception as error:
+        raise HubUnavailableError(f"{address}: {why(error)}") from None
+    if response.status_code in (403, 404):
+        return None
+    if response.status_code != 200:
+        raise HubUnavailableError(f"{address}: answers {response.status_code}")
+    return bytes(response.content)
+
+
 # --- patience
 
 

@@ -83,8 +83,14 @@ class HubRows:
 
     source: HubSource
     read_rows: ReadRows | None = None
+    is_in_split: Callable[[dict[str, Any], str], bool] | None = None
+    """Divides a single local file as the authors do: whether a row belongs to a split."""
 
     def __call__(self, dataset_config: Any, processor: Any, split: str, split_ratio: float = 0.9) -> Any:
+        data_files = dataset_config.get("data_files")
+        is_in_split = self.is_in_split
+        if is_in_split is not None and isinstance(data_files, str):
+            return read_files([data_files]).filter(lambda row: is_in_split(row, split))
         return load_source(self.source, dataset_config, split, split_ratio, self.read_rows)
 
 
@@ -146,19 +152,10 @@ def converted(rows: Any, read_rows: ReadRows | None) -> Any:
 
 def read_hub(source: HubSource, split: str, options: Any = None) -> Any:
     """One split from the hub, at the pinned revision, or else from the first fallback that can be had."""
-    from datasets import load_dataset
-
-    assert source.id is not None
     failures: list[str] = []
     for candidate in source.candidates(options):
         try:
-            rows = load_dataset(
-                candidate.id,
-                candidate.config,
-                split=candidate.split_on_hub(split),
-                revision=candidate.revision,
-                data_files=candidate.files,
-            )
+            rows = load_files(candidate, split) if candidate.files else load_config(candidate, split)
         except Exception as error:
             if not source.fallback:
                 raise
@@ -168,6 +165,23 @@ def read_hub(source: HubSource, split: str, options: Any = None) -> Any:
             warnings.warn(f"reading {candidate.id} instead of: {'; '.join(failures)}", stacklevel=2)
         return rows
     raise ValueError("none of the sources can be had: " + "; ".join(failures))
+
+
+def load_config(source: HubSource, split: str) -> Any:
+    """One split of a data set whose files the hub chooses."""
+    from datasets import load_dataset
+
+    return load_dataset(source.id, source.config, split=source.split_on_hub(split), revision=source.revision)
+
+
+def load_files(source: HubSource, split: str) -> Any:
+    """One split of a data set as the files that the source names for it."""
+    from datasets import load_dataset
+
+    assert source.files is not None
+    files = as_list(source.files[source.split_on_hub(split)])
+    head = f"hf://datasets/{source.id}" + (f"@{source.revision}" if source.revision else "")
+    return load_dataset(READERS[Path(files[0]).suffix], data_files=[f"{head}/{file}" for file in files], split="train")
 
 
 def read_files(files: list[str]) -> Any:

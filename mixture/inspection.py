@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +23,17 @@ from mixture.render import Renderer
 from mixture.shards import TokenRow
 
 ROWS_SHOWN = 2
+DOCUMENT_HEAD = """# Datasets
+
+Made from the modules in `datasets/` by `python -m mixture.inspection`; a test keeps it current. `./train.sh datasets`
+prints the same table.
+
+Use one by its name, as `dataset.name` in a run or as a source in a mixture; local files with the same columns go in
+`dataset.data_files`, or `path` in a mixture. Sources that do not allow commercial use are refused in a mixture unless
+it says `allow_non_commercial: true`. A gated source needs its terms accepted on the hub, and a token in `HF_TOKEN`.
+Licences are as their publishers state them; "unknown" means that nobody does, or that it differs from row to row: read
+the terms before you rely on them. Rows are those on the hub; a module may make several of one, or leave some out.
+"""
 
 
 @dataclass(frozen=True)
@@ -155,6 +167,8 @@ class DatasetListing:
     name: str
     summary: str
     """First line of the module's docstring."""
+    description: str
+    """The module's docstring."""
     source: HubSource | None
     """Its SOURCE; None where it declares none."""
 
@@ -167,14 +181,15 @@ def list_datasets(project: Path) -> list[DatasetListing]:
 def listing(path: Path) -> DatasetListing:
     """What a module says about itself."""
     tree = parse_module(path)
-    summary = (ast.get_docstring(tree) or "").partition("\n")[0]
+    description = ast.get_docstring(tree) or ""
     sources = [
         node.value
         for node in tree.body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "SOURCE"
     ]
     calls = [value for value in sources if isinstance(value, ast.Call)]
-    return DatasetListing(path.stem, summary, literal_source(path, calls[0]) if calls else None)
+    source = literal_source(path, calls[0]) if calls else None
+    return DatasetListing(path.stem, description.partition("\n")[0], description, source)
 
 
 def literal_source(path: Path, call: ast.Call) -> HubSource:
@@ -185,16 +200,69 @@ def literal_source(path: Path, call: ast.Call) -> HubSource:
         raise ValueError(f"{path}:{call.lineno}: SOURCE must be HubSource(...) with literal values: {error}") from error
 
 
+COLUMNS = ("name", "source", "licence", "commercial use", "format", "rows", "gated", "splits")
+
+
 def rendered_listing(listings: list[DatasetListing]) -> RenderableType:
     """A table of dataset modules for a terminal."""
-    table = Table("name", "source", "revision", "licence", "commercial use", "rows", "format", box=None)
+    table = Table(*COLUMNS, box=None)
     for item in listings:
-        source = item.source
-        if source is None:
-            table.add_row(item.name, "not stated")
-            continue
-        rows = ", ".join(f"{split} {count}" for split, count in source.rows.items())
-        commercial = "yes" if source.commercial_use else "no"
-        place, revision = source.id or "made here", (source.revision or "")[:8]
-        table.add_row(item.name, place, revision, source.licence, commercial, rows or "any", source.format)
+        table.add_row(*map(escape, listing_cells(item)))
     return table
+
+
+def listing_cells(item: DatasetListing) -> tuple[str, ...]:
+    """One row of the table of datasets."""
+    source = item.source
+    if source is None:
+        return (item.name, "not stated", "", "", "", "", "", "")
+    revision = f"@{source.revision[:8]}" if source.revision else ""
+    place = f"{source.id}{f':{source.config}' if source.config else ''}{revision}" if source.id else "made here"
+    commercial = {True: "yes", False: "no", None: "unknown"}[source.commercial_use]
+    counts = " / ".join("unknown" if count is None else f"{count:,}" for count in source.rows.values())
+    splits = " / ".join(source.rows)
+    gated = "yes" if source.gated else "no"
+    licence = source.licence or "none stated"
+    return (item.name, place, licence, commercial, source.format, counts or "any", gated, splits or "train / test")
+
+
+def datasets_document(listings: list[DatasetListing]) -> str:
+    """The text of DATASETS.md."""
+    lines = [DOCUMENT_HEAD, f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS)]
+    for item in listings:
+        name, place, *others = listing_cells(item)
+        if item.source is not None and item.source.id:
+            place = f"[{place}](https://huggingface.co/datasets/{item.source.id})"
+        lines.append(f"| {' | '.join([f'[{name}](#{name})', place, *others])} |")
+    return "\n".join(lines) + "\n" + "".join(map(described_dataset, listings))
+
+
+def described_dataset(item: DatasetListing) -> str:
+    """The section of DATASETS.md on one module."""
+    parts = [item.description]
+    source = item.source
+    if source is not None and source.options:
+        keys = ", ".join(f"`{key}: {value}`" for key, value in source.options.items())
+        parts.append(f"Options, with their defaults: {keys}.")
+    if source is not None and source.fallback:
+        places = [
+            str(other.get("id", source.id)) + " " + names_of_files(other.get("files")) for other in source.fallback
+        ]
+        parts.append(f"Where it cannot be had: {', then '.join(place.strip() for place in places)}.")
+    if source is not None and source.id and source.revision is None:
+        parts.append("No revision is pinned: the newest is taken, and recorded.")
+    text = "\n\n".join(parts)
+    return f"\n## {item.name}\n\n{text}\n"
+
+
+def names_of_files(files: Mapping[str, Any] | None) -> str:
+    """The files of a fallback, in brackets."""
+    if not files:
+        return ""
+    names = [name for value in files.values() for name in ([value] if isinstance(value, str) else value)]
+    return f"({', '.join(names)})"
+
+
+if __name__ == "__main__":
+    project = Path(__file__).parents[1]
+    (project / "DATASETS.md").write_text(datasets_document(list_datasets(project)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,6 +49,10 @@ class WantedPlace(Protocol):
 
     @property
     def split(self) -> str | None: ...
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Keys for the dataset module."""
+
     @property
     def licence(self) -> str | None: ...
 
@@ -106,6 +110,8 @@ class Place:
     """Hash of the module that reads the rows, if one does."""
     files: tuple[Path, ...] = ()
     module: ModuleFile | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keys for the module."""
     frozen_revision: str | None = None
     """What a lock file wants of a hub data set that the recipe does not pin."""
 
@@ -213,6 +219,8 @@ def places_of(name: str, wanted: WantedPlace, split: str, folders: Sequence[Path
     stated = forbids_or_none(wanted.licence)
     common: dict[str, Any] = {"name": name, "split": split, "choice": 0}
     licence: dict[str, Any] = {"licence": wanted.licence, "commercial_use": stated}
+    if wanted.options and (wanted.path is not None or wanted.hub is not None):
+        raise ValueError(f"{name}: options are for dataset modules; path and hub take none, got {dict(wanted.options)}")
     if wanted.path is not None:
         paths = [wanted.path] if isinstance(wanted.path, str) else wanted.path
         if any(path.startswith("hf://") for path in paths):
@@ -271,15 +279,14 @@ def module_places(
     if not isinstance(function, HubRows):
         licence = wanted.licence or (stated.licence if stated else None)
         use = stated.commercial_use if stated else forbids_or_none(licence)
-        return [Place(**common, licence=licence, commercial_use=use, module=module)]
-    options: Mapping[str, Any] = getattr(wanted, "options", None) or {}
-    unknown = set(options) - set(function.source.options)
+        return [Place(**common, licence=licence, commercial_use=use, module=module, options=wanted.options)]
+    unknown = set(wanted.options) - set(function.source.options)
     if unknown:
         known = ", ".join(function.source.options) or "none"
         raise ValueError(f"{name}: {module.path.stem} has no option {', '.join(sorted(unknown))}; known: {known}")
     return [
         Place(**common, licence=hub.licence, commercial_use=hub.commercial_use, hub=hub, read_rows=function.read_rows)
-        for hub in function.source.candidates(options)
+        for hub in function.source.candidates(wanted.options)
     ]
 
 
@@ -517,10 +524,11 @@ def converted_file(file: Path, data_dir: Path, task: FetchTask) -> Path:
 
 def open_module(place: Place, module: ModuleFile, data_dir: Path) -> OpenedSource:
     """The rows that a dataset module returns, written once for each text that it has had."""
-    keys = [place.code, module.function, place.split]
+    keys = [place.code, module.function, place.split, dict(place.options)]
     part = source_folder(data_dir, module.path.stem, keys) / "part-00000.jsonl"
     if not part.exists():
-        rows = load_rows(module, DatasetConfig(name=place.name), place.split, None)
+        config = DatasetConfig(name=place.name, module_keys=dict(place.options))
+        rows = load_rows(module, config, place.split, None)
         write_lines(map(row_line, rows), part)
     return OpenedSource(origin=place.origin(module.path.name, place.code), files=(part,))
 

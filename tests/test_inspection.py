@@ -78,7 +78,7 @@ def test_the_listing_never_runs_a_module_and_shows_those_without_a_source(tmp_pa
     console = Console(width=200, record=True)
     console.print(rendered_listing([bare, full]))
     text = console.export_text()
-    assert "not stated" in text and "01234567 " in text and "MIT" in text
+    assert "not stated" in text and "a/b@01234567 " in text and "MIT" in text
 
 
 def test_a_source_that_is_not_literal_is_refused_with_its_line(tmp_path):

@@ -1,30 +1,95 @@
 """Every shipped dataset module follows the contract, from local files with the hub's columns."""
 
+import gzip
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from dataset_hub import Fault, played_hub
+from huggingface_hub import constants
 
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import check_module, load_module, load_rows, resolve_module
-from mixture.formats import detect_format
-from mixture.hub import HubSource, absolute_data_files
+from mixture.formats import FORMAT_NAMES, canonical_row, detect_format
+from mixture.hub import HubRows, HubSource, absolute_data_files
 from mixture.inspection import list_datasets
 
 PROJECT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (PROJECT / "datasets").glob("*.py"))
+TURNS = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]
+MESSAGES = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 HUB_ROWS = {
-    "gsm8k": [{"question": f"{i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(20)],
     "code_alpaca": [{"instruction": f"Print {i}.", "input": "", "output": f"print({i})"} for i in range(20)],
+    "code_contests": [
+        {
+            "name": f"task {i}",
+            "description": f"Print {i}.",
+            "solutions": {
+                "language": [2, 3, 3, 3, 3],
+                "solution": ["cout", *(f"print({i} + {j} - {j})" for j in range(4))],
+            },
+            "cf_rating": 800,
+        }
+        for i in range(20)
+    ],
+    "code_feedback": [
+        {"query": f"Print {i}.", "answer": f"print({i})", "resource": "a", "lang": "b"} for i in range(20)
+    ],
+    "evol_instruct": [{"instruction": f"Print {i}.", "output": f"print({i})"} for i in range(20)],
+    "gsm8k": [{"question": f"{i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(20)],
+    "hotpot_qa": [
+        {
+            "id": str(i),
+            "question": f"{i} + 1?",
+            "answer": str(i + 1),
+            "type": "bridge",
+            "level": "easy",
+            "context": {"title": ["One"], "sentences": [["One is one."]]},
+        }
+        for i in range(20)
+    ],
+    "math": [
+        {"problem": f"{i} + 1?", "level": "Level 1", "type": "Algebra", "solution": str(i + 1)} for i in range(20)
+    ],
     "mbpp": [
         {"text": f"Return {i}.", "code": f"def f(): return {i}", "task_id": i, "test_list": [f"assert f() == {i}"]}
         for i in (*range(5, 15), *range(595, 605))
     ],
+    "natural_questions": [{"question": f"{i} + 1?", "answer": [str(i + 1), "one more"]} for i in range(20)],
+    "numina_math": [
+        {"source": f"olympiad {i}", "problem": str(i), "solution": "4", "messages": MESSAGES} for i in range(20)
+    ],
+    "open_orca": [
+        {"id": f"cot.{i}", "system_prompt": "Think.", "question": f"{i} + 1?", "response": str(i + 1)}
+        for i in range(20)
+    ],
+    "openhermes": [{"conversations": TURNS, "source": f"set {i}", "views": i, "title": None} for i in range(20)],
+    "python_code_23k_sharegpt": [{"id": f"python_{i}", "conversations": TURNS} for i in range(20)],
+    "python_code_instructions_18k": [
+        {"instruction": f"Print {i}.", "input": "", "output": f"print({i})", "prompt": f"### {i}"} for i in range(20)
+    ],
+    "python_codes_25k": [
+        {"instruction": f"Print {i}.", "input": "", "output": f"print({i})", "text": f"Print {i}. print({i})"}
+        for i in range(20)
+    ],
+    "sharegpt": [{"id": f"abc{i}_0", "conversations": TURNS} for i in range(20)],
+    "starcoderdata": [
+        {"content": f"<reponame>a/b<gh_stars>1-10\nprint({i})\n", "id": str(i), "max_stars_repo_name": "a/b"}
+        for i in range(20)
+    ],
+    "the_stack_v2": [
+        {"content": f"print({i})\n", "hexsha": str(i), "max_stars_repo_licenses": ["MIT"]} for i in range(20)
+    ],
+    "ultrachat": [{"prompt": "2 + 2?", "prompt_id": str(i), "messages": MESSAGES} for i in range(20)],
 }
+UNPINNED = {"evol_instruct", "open_orca", "python_code_23k_sharegpt", "the_stack_v2", "the_stack_v2_ids"}
+"""Data sets whose full commit hash is not known here."""
+
 REAL_FILES = {
     "gsm8k": ({"train": "gsm8k_train.jsonl", "test": "gsm8k_test.jsonl"}, {"train": 7473, "test": 1319}),
-    "code_alpaca": ("codealpaca_2k.json", {"train": 1916, "test": 101}),
+    "code_alpaca": ("codealpaca_2k.json", {"train": 1815, "test": 202}),
     "mbpp": ("mbpp.jsonl", {"train": 374, "test": 500}),
 }
 REAL_DATA = os.environ.get("BATON_REAL_DATA")
@@ -53,8 +118,17 @@ def test_every_module_passes_the_static_check_and_states_source_and_licence(name
     file = resolve_module(DatasetConfig(name=name), config_folder=PROJECT, project=PROJECT)
     check_module(file)
     source = load_module(file.path).SOURCE
-    assert isinstance(source, HubSource) and source.licence
-    assert source.id is None or (len(source.revision) == 40 and int(source.revision, 16))
+    assert isinstance(source, HubSource) and source.format in FORMAT_NAMES
+    assert (source.id is None or name in UNPINNED) == (source.revision is None)
+    for place in source.candidates():
+        assert place.revision is None or (len(place.revision) == 40 and int(place.revision, 16))
+        assert place.id is None or all(place.split_on_hub(split) for split in place.rows)
+        assert set(place.files or {}) <= {place.split_on_hub(split) for split in place.rows}
+        assert not any(f"{{{option}}}" in f"{place.config} {place.files}" for option in place.options)
+
+
+def test_every_name_that_is_asked_for_is_there():
+    assert {*HUB_ROWS, "the_stack_v2_ids", "synthetic_dataset", "test_dataset"} == set(NAMES)
 
 
 def test_the_listing_reads_the_same_sources_without_running_modules():
@@ -70,7 +144,9 @@ def test_the_listing_reads_the_same_sources_without_running_modules():
 def test_rows_are_in_the_stated_format(name, split, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", HUB_ROWS[name])
     source = load_module(PROJECT / "datasets" / f"{name}.py").SOURCE
-    assert {detect_format(row).name for row in load(split, name=name, data_files=data)} == {source.format}
+    rows = load(split, name=name, data_files=data)
+    assert {detect_format(row).name for row in rows} == {source.format}
+    assert all(canonical_row(row, name, "0")["source"] == name for row in rows)
 
 
 @pytest.mark.parametrize("name", ["synthetic_dataset", "test_dataset"])
@@ -198,3 +274,94 @@ def test_the_original_files_load_in_full(name):
     if name == "gsm8k":
         module = load_module(PROJECT / "datasets" / "gsm8k.py")
         assert all(module.score(row["answer"], row) == 1.0 for row in found["train"] + found["test"])
+
+
+# --- what modules make of the rows that are stored
+
+
+def read(name, rows):
+    return list(load_module(PROJECT / "datasets" / f"{name}.py").read_rows(iter(rows)))
+
+
+@pytest.mark.parametrize("as_pairs", [False, True])
+def test_code_contests_gives_up_to_three_python_solutions_of_a_task(as_pairs):
+    row = HUB_ROWS["code_contests"][7]
+    if as_pairs:
+        columns = row["solutions"]["language"], row["solutions"]["solution"]
+        row = {**row, "solutions": [{"language": a, "solution": b} for a, b in zip(*columns, strict=True)]}
+    found = read("code_contests", [row, {**row, "solutions": {"language": [1, 2], "solution": ["a", "b"]}}])
+    assert [one["id"] for one in found] == ["task 7-0", "task 7-1", "task 7-2"]
+    assert {one["parent"] for one in found} == {"task 7"}
+    assert found[1]["answer"] == "```python\nprint(7 + 1 - 1)\n```"
+
+
+def test_sharegpt_keeps_rows_with_an_exchange_and_the_conversation_that_they_are_a_piece_of():
+    page = [{"from": "human", "value": "<p>?"}, {"from": "gpt", "value": "<p>Use <b>4</b>.</p>", "markdown": None}]
+    rows = [
+        {"id": "a_0", "conversations": TURNS},
+        {"id": "a_1", "conversations": [TURNS[1]]},
+        {"id": "b", "conversations": [TURNS[1], *page]},
+        {"id": "c_0", "conversations": []},
+        {"id": "c_1", "conversations": [{"from": "human", "value": ""}, TURNS[1]]},
+    ]
+    first, second = read("sharegpt", rows)
+    assert first == {"id": "a_0", "parent": "a", "conversations": TURNS}
+    assert (second["id"], second["parent"], second["conversations"][2]["value"]) == ("b", "b", "Use **4**.")
+    assert canonical_row(second, "sharegpt", "0")["messages"][1]["content"] == "Use **4**."
+
+
+def test_sharegpt_has_two_places_to_fall_back_on():
+    source = load_module(PROJECT / "datasets" / "sharegpt.py").SOURCE
+    places = [(place.id, place.revision[:4], place.files["train"]) for place in source.candidates()]
+    assert places == [
+        ("anon8231489123/ShareGPT_Vicuna_unfiltered", "192a", "ShareGPT_V3_unfiltered_cleaned_split.json"),
+        ("anon8231489123/ShareGPT_Vicuna_unfiltered", "192a", "ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json"),
+        ("RyokoAI/ShareGPT52K", "6f9b", ["sg_90k_part1.json", "sg_90k_part2.json"]),
+    ]
+
+
+def test_starcoderdata_takes_the_tags_off_the_head_of_a_file():
+    contents = ["<reponame>a/b<filename>c.py<gh_stars>1-10\nx < 1\n", "x = '<reponame>'\n"]
+    assert [row["content"] for row in read("starcoderdata", [{"content": c} for c in contents])] == [
+        "x < 1\n",
+        "x = '<reponame>'\n",
+    ]
+
+
+def test_files_of_the_stack_v2_are_fetched_by_their_ids_in_order(tmp_path, monkeypatch):
+    with played_hub(tmp_path / "hub", monkeypatch, tmp_path / "cache") as hub:
+        hub.write("content/of/one", gzip.compress("print('é')".encode("latin-1")))
+        hub.write("content/of/two", gzip.compress(b"print(2)"))
+        module = load_module(PROJECT / "datasets" / "the_stack_v2_ids.py")
+        monkeypatch.setattr(module, "CONTENT", f"{constants.ENDPOINT}/datasets/content/of/resolve/main/")
+        rows = [
+            {"blob_id": "one", "src_encoding": "latin-1", "is_generated": False},
+            {"blob_id": "gone", "src_encoding": "utf-8", "is_generated": False},
+            {"blob_id": "one", "src_encoding": "utf-8", "is_generated": False},
+            {"blob_id": "two", "src_encoding": "utf-8", "is_generated": True},
+            {"blob_id": "two", "src_encoding": None, "is_generated": None},
+        ]
+        assert [row["text"] for row in read("the_stack_v2_ids", rows)] == ["print('é')", "print(2)"]
+        hub.faults = [Fault("two", 503, times=100)]
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        with pytest.raises(ConnectionError, match="503"):
+            read("the_stack_v2_ids", rows)
+
+
+def test_a_module_reads_from_the_hub_or_from_the_next_place_that_can_be_had(tmp_path, monkeypatch):
+    source = HubSource(
+        id="org/first",
+        licence=None,
+        commercial_use=None,
+        format="text",
+        rows={"train": None, "test": None},
+        splits={"test": "validation"},
+        files={"train": "train.jsonl", "validation": "validation.jsonl"},
+        fallback=[{"id": "org/second"}],
+    )
+    with played_hub(tmp_path / "hub", monkeypatch, tmp_path / "cache") as hub:
+        hub.write("org/second/train.jsonl", '{"text": "a"}\n{"text": "b"}\n')
+        hub.write("org/second/validation.jsonl", '{"text": "c"}\n')
+        rows = HubRows(source, lambda rows: ({"text": row["text"] * 2} for row in rows))
+        with pytest.warns(UserWarning, match="reading org/second instead of: org/first: "):
+            assert list(rows(SimpleNamespace(get=lambda key, default=None: default), None, "test")) == [{"text": "cc"}]

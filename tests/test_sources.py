@@ -320,6 +320,21 @@ def test_a_fallback_for_no_commerce_is_refused_as_well(opener: Opener, project: 
         opener(SourceConfig(name="chain"))
 
 
+def test_options_reach_the_module_or_are_refused(opener: Opener, project: Path, hub: DatasetHub) -> None:
+    hub.write("org/first/other.jsonl", '{"text": "other"}\n')
+    assert rows(opener(SourceConfig(name="chain", options={"part": "other"}))[0]) == [{"text": "read other"}]
+    (project / "datasets/counted.py").write_text(
+        "def get_custom_dataset(dataset_config, processor, split):\n"
+        "    return [{'text': str(number)} for number in range(dataset_config.count)]\n"
+    )
+    for count in (2, 3):
+        assert len(rows(opener(SourceConfig(name="counted", options={"count": count}))[0])) == count
+    with pytest.raises(ValueError, match="chain: chain has no option language; known: part"):
+        opener(SourceConfig(name="chain", options={"language": "go"}))
+    with pytest.raises(ValueError, match="mine: options are for dataset modules; path and hub take none"):
+        opener.one(hub="org/first", options={"language": "go"})
+
+
 # --- the hub
 
 
