@@ -313,7 +313,8 @@ def render_plan(plan: MixPlan) -> str:
     )
     if not any(source.category for source in plan.sources):
         lines = [(line[0], *line[2:]) for line in lines]
-    text = [aligned(line, [max(map(len, column)) for column in zip(*lines, strict=True)]) for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [aligned(line, widths, texts=2 if lines[0][1] == "category" else 1) for line in lines]
     text += [
         f"{source.name} dropped: {reasons(source.supply.dropped)}" for source in plan.sources if source.supply.dropped
     ]
@@ -339,10 +340,13 @@ def source_line(source: PlannedSource) -> tuple[str, ...]:
     )
 
 
-def aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Texts to the left, numbers to the right."""
-    first = cells[0].ljust(widths[0])
-    return "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]).rstrip()
+def aligned(cells: Sequence[str], widths: Sequence[int], *, texts: int) -> str:
+    """The first `texts` cells to the left, numbers to the right."""
+    padded = [
+        cell.ljust(width) if column < texts else cell.rjust(width)
+        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return "  ".join(padded).rstrip()
 
 
 def reasons(dropped: Mapping[str, int]) -> str:

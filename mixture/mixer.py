@@ -64,7 +64,9 @@ SAMPLED_ROWS = 1000
 SAMPLED_CHARACTERS = 4_000_000
 FETCH_MARGIN = 1.2
 """Rows fetched of a large source, over those needed: filters and duplicates take some."""
-FETCH_ROUNDS = 4
+FETCH_ROUNDS = 6
+TOKENS_PER_ROW = 100
+"""Few sources have shorter rows; where one has, more is fetched in a second round."""
 
 Report = Callable[[str], None]
 RowIds = npt.NDArray[np.uint64]
@@ -113,6 +115,8 @@ def run_mixture(
     """
     count = workers or default_workers()
     lock = None if frozen is None else read_lock(frozen)
+    if lock is not None:
+        check_frozen({"recipe": recipe_record(mixture), "sources": {}, "output": []}, lock)
     if dry_run:
         plan = dry_plan(mixture, data_dir, report, count)
         tell(render_plan(plan), report)
@@ -189,8 +193,8 @@ def opened_sources(
     Only sources of the hub are limited. The last ones yielded are those to use.
     """
     frozen = None if lock is None else frozen_origins(lock)
-    needed = rows_needed(mixture)
-    limits = {name: round(count * FETCH_MARGIN / (1 - mixture.held_out)) + 100 for name, count in needed.items()}
+    needs = needs_of(mixture)
+    limits = fetch_limits(mixture, needs)
     if frozen is not None:
         limits = {name: origin.max_rows for name, origin in frozen.items() if origin.max_rows is not None}
     for _ in range(FETCH_ROUNDS):
@@ -209,15 +213,13 @@ def opened_sources(
         if frozen is not None or not cut:
             return
         supplies = pass_one(mixture, opened, data_dir, report, workers).supplies
-        short = [origin for origin in cut if supplies[origin.name].rows < needed[origin.name]]
-        if not short:
+        met = {origin.name: needs[origin.name].met_by(supplies[origin.name]) for origin in cut}
+        if all(part >= 1 for part in met.values()):
             return
-        for origin in short:
-            left, limit = max(1, supplies[origin.name].rows), limits[origin.name]
-            limits[origin.name] = min(8 * limit, round(limit * needed[origin.name] / left * FETCH_MARGIN))
-            report(
-                f"{origin.name}: {left:,} of {limit:,} rows are left, {needed[origin.name]:,} are needed: fetching more"
-            )
+        for name, part in met.items():
+            if part < 1:
+                report(f"{name}: what is left of {limits[name]:,} rows is {part:.0%} of what is needed: fetching more")
+                limits[name] = round(limits[name] * min(8.0, FETCH_MARGIN / max(part, 0.01)))
 
 
 def was_cut(source: OpenedSource) -> bool:
@@ -231,16 +233,47 @@ def folders(mixture: Mixture) -> list[Path]:
     return [mixture.folder, PROJECT, Path.cwd()]
 
 
-def rows_needed(mixture: Mixture) -> dict[str, int]:
-    """Rows of each source beyond which the mixture needs no more, where its recipe says so."""
-    needed = {}
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Of a source, what a mixture can use at most, in rows or in tokens or in both."""
+
+    rows: int | None = None
+    tokens: int | None = None
+
+    @property
+    def likely_rows(self) -> int:
+        """Rows to begin with."""
+        bounds = [self.rows, None if self.tokens is None else self.tokens // TOKENS_PER_ROW + 1]
+        return min(bound for bound in bounds if bound is not None)
+
+    def met_by(self, supply: Supply) -> float:
+        """How much of the need is there; from 1 on it is met."""
+        parts = [(supply.rows, self.rows), (supply.tokens, self.tokens)]
+        return max(has / wanted for has, wanted in parts if wanted is not None)
+
+
+def needs_of(mixture: Mixture) -> dict[str, Need]:
+    """What the mixture can use of each source, where its recipe says so."""
+    total = mixture.total
+    needs = {}
     for source in mixture.sources:
-        bounds = [] if source.max_samples is None else [source.max_samples]
-        if mixture.total is not None and source.share is not None and mixture.by == "rows" and mixture.total.rows:
-            bounds.append(round(mixture.total.rows * source.share) + 1)
-        if bounds:
-            needed[source.name] = min(bounds)
-    return needed
+        rows, tokens = source.max_samples, None
+        if total is not None and source.share is not None:
+            # A share that counts something else than the total could at most be all of it.
+            if total.rows is not None:
+                wanted = round(total.rows * source.share) + 1 if mixture.by == "rows" else total.rows
+                rows = wanted if rows is None else min(rows, wanted)
+            if total.tokens is not None:
+                tokens = round(total.tokens * source.share) + 1 if mixture.by == "tokens" else total.tokens
+        if rows is not None or tokens is not None:
+            needs[source.name] = Need(rows=rows, tokens=tokens)
+    return needs
+
+
+def fetch_limits(mixture: Mixture, needs: Mapping[str, Need]) -> dict[str, int]:
+    """Rows to fetch first of each source, with a margin for what filters, duplicates and the held-out split take."""
+    margin = FETCH_MARGIN / (1 - mixture.held_out)
+    return {name: round(need.likely_rows * margin) + 100 for name, need in needs.items()}
 
 
 # --- pass 1
@@ -444,13 +477,15 @@ def contamination_notes(first: PassOne) -> list[str]:
 
 def dry_plan(mixture: Mixture, data_dir: Path, report: Report, workers: int) -> MixPlan:
     """The plan without fetching: exact for what is on this machine, estimated for what is not."""
-    needed = rows_needed(mixture)
-    limits = {name: round(count * FETCH_MARGIN / (1 - mixture.held_out)) + 100 for name, count in needed.items()}
+    needs = needs_of(mixture)
+    limits = fetch_limits(mixture, needs)
     places: dict[str, Any] = {"data_dir": data_dir, "folders": folders(mixture), "project": PROJECT, "report": report}
     sizes = download_sizes(mixture.sources, max_rows=limits, **places)
     away = [source for source in mixture.sources if sizes[source.name]]
     here = [source for source in mixture.sources if not sizes[source.name]]
-    supplies = {source.name: estimated_supply(mixture, source, needed, sizes[source.name]) for source in away}
+    supplies = {
+        source.name: estimated_supply(mixture, source, needs.get(source.name), sizes[source.name]) for source in away
+    }
     notes: list[str] = []
     if here:
         part = replace(mixture, sources=tuple(here))
@@ -468,11 +503,11 @@ def dry_plan(mixture: Mixture, data_dir: Path, report: Report, workers: int) -> 
     return replace(plan, notes=(*plan.notes, *notes, token_note(mixture)))
 
 
-def estimated_supply(mixture: Mixture, source: SourceConfig, needed: Mapping[str, int], download_bytes: int) -> Supply:
+def estimated_supply(mixture: Mixture, source: SourceConfig, need: Need | None, download_bytes: int) -> Supply:
     """What a source that is not here may hold: its published rows, else as many as are needed."""
     place = wanted_places(source, "train", folders(mixture), PROJECT)[0]
     published = None if place.hub is None else place.hub.rows.get(place.split)
-    read = published or needed.get(source.name, 0)
+    read = published or (need.likely_rows if need else 0)
     if not read:
         raise ValueError(
             f"datasets.{source.name}: how many rows it has is not known before it is fetched; set its max_samples, or "
@@ -504,6 +539,8 @@ def make(
     workers: int,
 ) -> None:
     """Write all files of a mixture, and its marker last."""
+    if lock is not None:
+        check_frozen(plain(lock_record(key, mixture, first.opened, plan, WrittenFiles(stats={}))), lock)
     take_folder(folder, key)
     written = write_rows(mixture, folder, first, plan, report, workers)
     write_statistics(folder, plan, written)

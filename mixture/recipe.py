@@ -385,6 +385,11 @@ def read_tree(tree: ConfigTree, path: Path, problems: list[Problem]) -> Mixture 
         if name not in entries:
             message = f"dedup.priority: {unknown_name(name, list(entries))}"
             problems.append(Problem(tree.place(("dedup", "priority")), message))
+    if short_prompts is not None and top.layout == "categories":
+        message = (
+            "short_prompts_first orders the mixed files, which layout: categories does not write; set layout: both"
+        )
+        problems.append(Problem(tree.place(("short_prompts_first",)), message))
     if problems:
         return None
     decontaminate = [top.decontaminate] if isinstance(top.decontaminate, str) else top.decontaminate or []

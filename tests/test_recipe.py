@@ -151,6 +151,7 @@ def test_every_mistake_is_told_at_once_with_its_line(tmp_path: Path) -> None:
         (("metadata:", "split: {train: 0.9, validation: 0.2}\nmetadata:"), "split: the shares sum to 1.1"),
         (("metadata:", "split: {dev: 0.2}\nmetadata:"), "unknown key split.dev"),
         (("metadata:", "short_prompts_first: {tokens: 256, share: 1.5}\nmetadata:"), "must lie between 0 and 1"),
+        (("metadata:", "layout: categories\nshort_prompts_first: {tokens: 9}\nmetadata:"), "set layout: both"),
         (("metadata:", "dedup: {priority: [tinystory]}\nmetadata:"), "did you mean tinystories?"),
         (("metadata:", "by: bytes\nmetadata:"), "by: expected one of rows, tokens"),
         (("metadata:", "filters: {min_char: 3}\nmetadata:"), "did you mean filters.min_chars?"),
