@@ -197,7 +197,7 @@ def evaluate(run: FinetuningRun) -> dict[str, Any]:
     generated = None
     # Preparation keeps the questions of the test split where the module scores answers and its rows hold questions.
     questions_file = prepared.folder / "test_rows.jsonl"
-    score = score_function(run.module) if run.evaluation.limit and questions_file.exists() else None
+    score = score_function(run.module) if run.module and run.evaluation.limit and questions_file.exists() else None
     if score:
         generated = generation_score(
             model.to(precision(run.model)),

@@ -23,7 +23,8 @@ from jobs.progress import RunWatcher, console_for_messages
 from jobs.queue import SlurmError
 from jobs.report import write_report
 from jobs.status import RunStatus, clock, read_status, show_evaluation, show_status
-from settings.yaml_tree import ConfigError
+from mixture.recipe import read_mixture
+from settings.yaml_tree import ConfigError, read_config_file, read_overrides
 from training.checkpoints import NoValidCheckpointError
 from training.run_folder import RunFolder
 
@@ -31,7 +32,7 @@ USAGE = """\
 ./train.sh [run] FILE       check, plan, then submit the chain (with Slurm) or train here (without)
 ./train.sh check FILE       find everything wrong with FILE before anything starts
 ./train.sh plan FILE        blocks, steps, learning rates, tokens, GPU-hours, disk
-./train.sh prepare FILE     make the training data here and now
+./train.sh prepare FILE     make the training data of a run, or a mixture of many sources, here and now
 ./train.sh check-dataset FILE   two rows of each split as the trainer will see them
 ./train.sh status [NAME]    how runs stand
 ./train.sh logs NAME        what the last job printed
@@ -142,10 +143,17 @@ def check_command(arguments: list[str]) -> int:
     show_notes(checked)
     console.print(
         f"{options.file}: fine. Run {checked.config.name} trains {checked.config.model.name} on "
-        f"{checked.module.path}, {'through Slurm' if checked.cluster == 'slurm' else 'on this machine'}.",
+        f"{rows_of(checked)}, {'through Slurm' if checked.cluster == 'slurm' else 'on this machine'}.",
         highlight=False,
     )
     return 0
+
+
+def rows_of(checked: CheckedRun) -> str:
+    """Where the rows come from, for people."""
+    if checked.module is not None:
+        return str(checked.module.path)
+    return checked.config.dataset.mixture or " + ".join(checked.config.dataset.name_list)
 
 
 def plan_command(arguments: list[str]) -> int:
@@ -162,16 +170,59 @@ def plan_command(arguments: list[str]) -> int:
 
 
 def prepare_command(arguments: list[str]) -> int:
-    """Make the training data here."""
+    """Make the training data of a run, or a mixture from its recipe, here."""
+    if arguments and is_recipe(Path(arguments[0])):
+        return prepare_mixture(arguments)
     _, checked = parse_and_check(verb_parser("prepare", "make the training data here and now"), arguments)
     prepare_data(checked)
+    return 0
+
+
+def is_recipe(file: Path) -> bool:
+    """Whether a file describes a mixture (`datasets:`) and not a run (`dataset:`)."""
+    return file.is_file() and "datasets" in read_config_file(file).values
+
+
+def prepare_mixture(arguments: list[str]) -> int:
+    """Plan a mixture, and make it unless only the plan is asked for."""
+    from mixture.mixer import run_mixture  # reading rows needs imports that no other verb waits for
+
+    parser = verb_parser("prepare", "mix many sources into one training set")
+    parser.add_argument("--dry-run", action="store_true", help="show counts, epochs, download and disk; fetch nothing")
+    parser.add_argument("--dataset", help="only this source of the recipe")
+    parser.add_argument("--total-samples", type=int, help="rows of the mixture")
+    parser.add_argument("--output-dir", type=Path, help="where the mixture goes (default: data/mixtures/KEY)")
+    parser.add_argument("--data-dir", type=Path, default=PROJECT / "data", help="where sources and mixtures are kept")
+    parser.add_argument("--frozen", type=Path, help="a mixture.lock.json that must be met in every source and count")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    options, rest = parser.parse_known_args(arguments)
+    overrides = read_overrides(rest)
+    if options.total_samples is not None:
+        overrides.append((("total_samples",), options.total_samples))
+    if options.output_dir is not None:
+        overrides.append((("output_dir",), str(options.output_dir.resolve())))
+    mixture = read_mixture(options.file, overrides)
+    if options.dataset is not None:
+        mixture = mixture.only(options.dataset)
+    run_mixture(
+        mixture, options.data_dir, tell, dry_run=options.dry_run, workers=options.workers, frozen=options.frozen
+    )
     return 0
 
 
 def prepare_data(checked: CheckedRun) -> None:
     from mixture.prepare import prepare  # the tokenizer's imports take seconds; check and plan do not need them
 
-    prepare(checked.preparation, checked.config.data_folder, lambda line: console.print(line, highlight=False))
+    if checked.mixture is not None:
+        from mixture.mixer import run_mixture
+
+        run_mixture(checked.mixture, checked.config.data_folder, tell)
+    prepare(checked.preparation, checked.config.data_folder, tell)
+
+
+def tell(line: str) -> None:
+    """One line of progress."""
+    console.print(line, highlight=False, markup=False)
 
 
 def check_dataset_command(arguments: list[str]) -> int:
@@ -179,6 +230,8 @@ def check_dataset_command(arguments: list[str]) -> int:
     from mixture.inspection import check_dataset, rendered_report
 
     _, checked = parse_and_check(verb_parser("check-dataset", "two rows of each split"), arguments)
+    if checked.mixture is not None:
+        raise ValueError("check-dataset shows rows of one dataset module; a mixture is made of several")
     console.print(rendered_report(check_dataset(checked.preparation)))
     return 0
 

@@ -62,7 +62,10 @@ class JobContext:
 
     run: RunFolder
     config: RunConfig
-    module: ModuleFile
+    module: ModuleFile | None
+    mixture: dict[str, str] | None
+    """Where recipe and result of a mixture lie, as the manifest has it."""
+
     prepared: Path
     world_size: int
 
@@ -109,7 +112,7 @@ def open_run(run: RunFolder) -> JobContext:
     """The run's stored settings, pointed at its snapshot."""
     config = read_resolved_config(run.config)
     manifest = read_manifest(run.manifest)
-    path, function = Path(manifest["module"]["path"]), manifest["module"]["function"]
+    module = manifest["module"]
     model = replace(
         config.model,
         name=snapshot_name(config.model.name, run.code),
@@ -118,7 +121,8 @@ def open_run(run: RunFolder) -> JobContext:
     return JobContext(
         run=run,
         config=replace(config, model=model),
-        module=ModuleFile(path, function),
+        module=ModuleFile(Path(module["path"]), module["function"]) if module else None,
+        mixture=manifest["mixture"],
         prepared=prepared_folder(config.data_folder, manifest["data_key"]),
         world_size=manifest["world_size"],
     )
@@ -137,9 +141,29 @@ def working_folder(run: RunFolder) -> Path:
 
 def prepare_data(context: JobContext) -> int:
     """Prepare the data, unless another run has done so already."""
-    request = preparation_request(context.config, context.module)
-    prepare(request, context.config.data_folder, lambda line: print(line, flush=True))
+    folder = Path(context.mixture["folder"]) if context.mixture else None
+    if context.mixture:
+        make_mixture(context, context.mixture)
+    request = preparation_request(context.config, context.module, folder)
+    prepare(request, context.config.data_folder, report)
     return ExitCode.DONE
+
+
+def make_mixture(context: JobContext, facts: dict[str, str]) -> None:
+    """Mix what the run trains on, from the recipe in the snapshot, unless it is there already."""
+    from jobs.mixing import mixture_of
+    from mixture.mixer import run_mixture
+
+    dataset = context.config.dataset
+    mixture = mixture_of(replace(dataset, mixture=facts["recipe"] or None), seed=context.config.seed)
+    assert mixture is not None
+    mixture = replace(mixture, folder=Path(facts["relative_to"]), output_dir=Path(facts["folder"]))
+    run_mixture(mixture, context.config.data_folder, report)
+
+
+def report(line: str) -> None:
+    """Progress, into the job's log."""
+    print(line, flush=True)
 
 
 def train_block(context: JobContext) -> int:

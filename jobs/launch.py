@@ -45,22 +45,39 @@ def create_run_folder(run: RunFolder, checked: CheckedRun, data_key: str, report
     """Snapshot code and settings; the manifest goes last, so an interrupted call is repeated in full."""
     run.path.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(run.code, ignore_errors=True)
-    too_large = snapshot_code(run.code, checked.module.path)
+    too_large = snapshot_code(run.code, checked.module.path if checked.module else None)
     if too_large:
         report(f"left out of the code snapshot for their size: {', '.join(too_large)}")
     store_config(run, checked)
     facts = {
         **describe_environment(),
         "data_key": data_key,
-        "module": {
-            "path": str(in_snapshot(checked.module.path, run.code)),
-            "function": checked.module.function,
-        },
+        "module": module_facts(checked, run),
+        "mixture": mixture_facts(checked, run),
         "world_size": checked.world_size,
         "working_folder": str(Path.cwd()),
         "project": str(PROJECT),
     }
     write_manifest(run.manifest, facts)
+
+
+def module_facts(checked: CheckedRun, run: RunFolder) -> dict[str, str] | None:
+    """Where jobs find the dataset module."""
+    if checked.module is None:
+        return None
+    return {"path": str(in_snapshot(checked.module.path, run.code)), "function": checked.module.function}
+
+
+def mixture_facts(checked: CheckedRun, run: RunFolder) -> dict[str, str] | None:
+    """Where jobs find the mixture's recipe, if it has one, and its folder."""
+    if checked.mixture is None:
+        return None
+    recipe = checked.config.dataset.mixture
+    return {
+        "recipe": str(in_snapshot(Path(recipe), run.code)) if recipe else "",
+        "relative_to": str(checked.mixture.folder),
+        "folder": str(checked.mixture.output_dir),
+    }
 
 
 def store_config(run: RunFolder, checked: CheckedRun) -> None:

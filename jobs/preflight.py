@@ -18,6 +18,7 @@ from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile, check_module, resolve_module
 from mixture.hub import absolute_data_files
 from mixture.prepare import PreparationRequest
+from mixture.recipe import Mixture
 from settings.yaml_tree import ConfigError, Problem
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -28,7 +29,9 @@ class CheckedRun:
     """A run whose settings hold together and whose files exist; every path in it is absolute."""
 
     config: RunConfig
-    module: ModuleFile
+    module: ModuleFile | None
+    """The dataset module; None where a mixture is trained on."""
+    mixture: Mixture | None
     cluster: Literal["slurm", "local"]
     world_size: int
     notes: list[str]
@@ -37,14 +40,18 @@ class CheckedRun:
     @property
     def preparation(self) -> PreparationRequest:
         """What the prepare step is asked for."""
-        return preparation_request(self.config, self.module)
+        return preparation_request(self.config, self.module, self.mixture.output_dir if self.mixture else None)
 
 
-def preparation_request(config: RunConfig, module: ModuleFile) -> PreparationRequest:
-    """The part of the settings that shapes the data."""
+def preparation_request(config: RunConfig, module: ModuleFile | None, mixture: Path | None) -> PreparationRequest:
+    """The part of the settings that shapes the data, read from a module or from a mixture's folder."""
+    dataset = config.dataset
+    if mixture is not None:  # its folder's name says all about its rows
+        dataset = replace(dataset, name="mixture", file=None, mixture=None, names=None)
     return PreparationRequest(
-        dataset=config.dataset,
+        dataset=dataset,
         module=module,
+        mixture=mixture,
         tokenizer=config.model.tokenizer or config.model.name,
         revision=config.model.revision if config.model.tokenizer is None else None,
         trust_remote_code=config.model.trust_remote_code,
@@ -68,15 +75,23 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
     def collect(key: str, check: Any, *arguments: Any) -> Any:
         try:
             return check(*arguments)
+        except ConfigError as error:
+            problems.extend(error.problems)
         except ValueError as error:
             message = " ".join(line.strip() for line in str(error).splitlines())
             message = message if message.startswith(key) else f"{key}: {message}"
             problems.append(Problem(tree.place(tuple(key.split("."))), message))
-            return None
+        return None
 
     cluster = collect("cluster", choose_cluster, config.cluster)
-    module = collect("dataset.file" if config.dataset.file else "dataset.name", find_module, config.dataset, folder)
     dataset = collect("dataset.data_files", find_data_files, config.dataset, folder)
+    module = mixture = None
+    if config.dataset.mixture or config.dataset.names:
+        dataset = collect("dataset.mixture", find_recipe, config.dataset, folder)
+        mixture = dataset and collect("dataset.mixture", find_mixture, dataset, config)
+        notes += mixture_notes(config.dataset)
+    else:
+        module = collect("dataset.file" if config.dataset.file else "dataset.name", find_module, config.dataset, folder)
     name = collect("model.name", find_model, config.model.name, config.model.revision, folder)
     tokenizer = config.model.tokenizer
     if tokenizer is not None:
@@ -98,12 +113,14 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
         config,
         runs_dir=str(config.folder.parent),
         data_dir=str(config.data_folder),
-        dataset=replace(dataset, file=f"{module.path}:{module.function}"),
+        dataset=replace(dataset, file=f"{module.path}:{module.function}") if module else dataset,
         model=replace(config.model, name=name, tokenizer=tokenizer, checkpoint_dir=checkpoint_dir),
     )
     notes += context_notes(config)
     world_size = config.slurm.world_size if cluster == "slurm" else local_world_size(config, notes)
-    return CheckedRun(config=config, module=module, cluster=cluster, world_size=world_size, notes=notes)
+    return CheckedRun(
+        config=config, module=module, mixture=mixture, cluster=cluster, world_size=world_size, notes=notes
+    )
 
 
 def choose_cluster(wanted: str) -> Literal["slurm", "local"]:
@@ -137,6 +154,42 @@ def find_module(dataset: DatasetConfig, config_folder: Path) -> ModuleFile:
     module = resolve_module(dataset, config_folder=config_folder, project=PROJECT)
     check_module(module)
     return module
+
+
+def find_recipe(dataset: DatasetConfig, config_folder: Path) -> DatasetConfig:
+    """The section with the recipe's path absolute.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not dataset.mixture:
+        return dataset
+    tried = [folder / Path(dataset.mixture).expanduser() for folder in (config_folder, PROJECT, Path.cwd())]
+    for path in tried:
+        if path.is_file():
+            return replace(dataset, mixture=str(path.resolve()))
+    raise ValueError(f"no file {dataset.mixture}; tried {', '.join(map(str, dict.fromkeys(tried)))}")
+
+
+def find_mixture(dataset: DatasetConfig, config: RunConfig) -> Mixture:
+    """The mixture, read and checked, and the folder that it will lie in.
+
+    Raises:
+        ConfigError: the recipe is wrong, each mistake with its line.
+        ValueError: a file or module of a source is not there.
+    """
+    from jobs.mixing import mixture_of, placed  # a second of imports, and only mixtures pay it
+
+    mixture = mixture_of(dataset, seed=config.seed)
+    assert mixture is not None
+    return placed(mixture, config.data_folder)
+
+
+def mixture_notes(dataset: DatasetConfig) -> list[str]:
+    """A word where a mixture takes the place of a module that the file names too."""
+    module = dataset.file or dataset.name
+    chosen = "dataset.mixture" if dataset.mixture else "dataset.names"
+    return [f"{chosen} is trained on instead of {module}"] if module else []
 
 
 def find_data_files(dataset: DatasetConfig, config_folder: Path) -> DatasetConfig:

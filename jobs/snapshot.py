@@ -34,7 +34,7 @@ OUTSIDE = Path("outside")
 """Where the snapshot keeps a dataset module that does not lie in the project."""
 
 
-def snapshot_code(target: Path, module: Path) -> list[str]:
+def snapshot_code(target: Path, module: Path | None) -> list[str]:
     """Copy the project's code to `target`, whole or not at all; returns the files left out for their size.
 
     Tracked, changed and untracked files are taken, ignored ones are not; neither is anything named like a secret.
@@ -44,7 +44,7 @@ def snapshot_code(target: Path, module: Path) -> list[str]:
     shutil.rmtree(temporary, ignore_errors=True)
     too_large = []
     sources = [(PROJECT / relative, relative) for relative in project_files()]
-    if not module.is_relative_to(PROJECT):
+    if module is not None and not module.is_relative_to(PROJECT):
         sources += [(file, OUTSIDE / file.name) for file in module.parent.glob("*.py")]
     for source, relative in sources:
         if any(relative.match(pattern) for pattern in SECRET_FILES):

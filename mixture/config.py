@@ -17,6 +17,18 @@ class DatasetConfig:
     """Path of a dataset module, PATH.py or PATH.py:FUNCTION. Relative paths are tried from the config's
     folder, datasets/, the project's folder and the working folder."""
 
+    mixture: str | None = None
+    """Recipe of a mixture (configs/mixtures/*.yaml), trained on instead of a module."""
+
+    names: str | list[str] | None = None
+    """Several modules of datasets/ at once, trained on instead of one: [gsm8k, mbpp], or gsm8k,mbpp."""
+
+    sampling: Literal["concatenated", "interleaved"] = "concatenated"
+    """How `names` are mixed: every row once, or equal parts of each, as many as the smallest has."""
+
+    allow_non_commercial: bool = False
+    """Take `names` whose licence forbids commercial use."""
+
     train_split: str = "train"
     """Split name passed to the module for training rows."""
 
@@ -53,8 +65,15 @@ class DatasetConfig:
     """Every other key of `dataset:`, for the module to read. Filled by the config reader, not by the user."""
 
     def __post_init__(self) -> None:
-        if not self.name and not self.file:
-            raise ValueError("dataset.name or dataset.file is required: a module in datasets/, or a path to one")
+        if not (self.name or self.file or self.mixture or self.names):
+            raise ValueError(
+                "dataset.name or dataset.file is required: a module in datasets/ or a path to one; or dataset.mixture, "
+                "a recipe, or dataset.names, several modules"
+            )
+        if self.mixture and self.names:
+            raise ValueError("dataset.mixture and dataset.names both say what to train on; keep one of them")
+        if self.mixture or self.names:
+            self.check_keys_of_modules()
         if self.split_ratio is not None and not 0 < self.split_ratio < 1:
             raise ValueError(f"dataset.split_ratio must lie between 0 and 1, got {self.split_ratio}")
         if self.limit is not None and self.limit < 1:
@@ -63,3 +82,17 @@ class DatasetConfig:
             raise ValueError(f"dataset.shard_size_mb must be at least 1, got {self.shard_size_mb}")
         if self.max_length < 8:
             raise ValueError(f"dataset.max_length must be at least 8 tokens, got {self.max_length}")
+
+    @property
+    def name_list(self) -> list[str]:
+        """`names` as a list."""
+        names = self.names.split(",") if isinstance(self.names, str) else self.names or []
+        return [name.strip() for name in names if name.strip()]
+
+    def check_keys_of_modules(self) -> None:
+        """Raise ValueError for keys that only a single module would read."""
+        given = [key for key in ("split_ratio", "data_files") if getattr(self, key) is not None]
+        given += list(self.module_keys)
+        if given:
+            instead = "the recipe" if self.mixture else "a recipe (dataset.mixture)"
+            raise ValueError(f"dataset.{given[0]} is for a single dataset module; put it into {instead}")

@@ -17,7 +17,9 @@ class FinetuningRun:
 
     folder: RunFolder
     prepared: Path
-    module: ModuleFile
+    module: ModuleFile | None
+    """The dataset module, for its `score`; None where a mixture is trained on."""
+
     seed: int
     dataset: DatasetConfig
     model: ModelConfig
