@@ -41,6 +41,8 @@ def test_the_readme_is_short_and_every_command_in_it_has_a_test() -> None:
     assert len(README.splitlines()) < 200
     assert set(commands()) == {
         "./train.sh configs/test.yaml",  # test_the_first_command_trains
+        "./train.sh prepare configs/mixtures/toy.yaml --dry-run",  # test_the_recipe_of_the_readme_is_planned
+        "./train.sh configs/test.yaml --name mixed --dataset.mixture configs/mixtures/toy.yaml",
         "./tests/run",  # what runs this test
         "./train.sh configs/gsm8k.yaml --slurm.partition gpu --slurm.gpus_per_node 4",  # test_the_cluster_command_...
         "./train.sh configs/gsm8k.yaml",
@@ -67,6 +69,14 @@ def test_the_cluster_command_is_checked_and_planned(copy: Path) -> None:
     answer = run(copy, command, "--dry-run", "--cluster", "local")
     assert answer.returncode == 0, answer.stderr
     assert "run gsm8k" in answer.stdout
+
+
+def test_the_recipe_of_the_readme_is_planned_and_checked(copy: Path) -> None:
+    recipe = "configs/mixtures/toy.yaml"
+    planned = run(copy, f"./train.sh prepare {recipe} --dry-run")
+    assert planned.returncode == 0, planned.stderr
+    checked = run(copy, f"./train.sh check configs/test.yaml --name mixed --dataset.mixture {recipe}")
+    assert checked.returncode == 0, checked.stderr
 
 
 def test_status_and_logs_of_a_run(copy: Path) -> None:
