@@ -17,8 +17,9 @@ import orjson
 import xxhash
 
 from mixture.config import DatasetConfig
+from mixture.contaminated_rows import find_contaminated_rows
 from mixture.dataset_modules import load_rows, resolve_module
-from mixture.decontamination import Contamination, ContaminationSearch, read_evaluation_items
+from mixture.decontamination import Contamination
 from mixture.dedup import UniqueRows, find_duplicates
 from mixture.filters import compile_keep, keep_key
 from mixture.mix import MixPlan, Supply, render_plan, size, solve
@@ -292,7 +293,10 @@ def pass_one(mixture: Mixture, opened: Sequence[OpenedSource], data_dir: Path, r
         "workers": workers,
         "report": report,
     }
-    contamination = contaminated_rows(mixture, scan, report)
+    contamination: dict[str, Contamination] = {}
+    if mixture.decontaminate:
+        files = [evaluation_path(mixture, text) for text in mixture.decontaminate]
+        contamination = find_contaminated_rows(scan, files, workers=workers, report=report)
     dropped = {"contaminated": concatenated(found.row_ids for found in contamination.values())}
     duplicates: Mapping[str, int] | None = None
     if mixture.dedup.near:
@@ -382,20 +386,6 @@ def found_supply(
         text_bytes=train.text_bytes if train else 0,
         short_prompts=train.short_prompts if train else 0,
     )
-
-
-def contaminated_rows(mixture: Mixture, scan: Scan, report: Report) -> dict[str, Contamination]:
-    """Rows that share text with evaluation files, by source."""
-    if not mixture.decontaminate:
-        return {}
-    search = ContaminationSearch(
-        read_evaluation_items(evaluation_path(mixture, text) for text in mixture.decontaminate)
-    )
-    found = {}
-    for name in scan.sources:
-        report(f"{name}: looking for {len(search.items):,} evaluation items")
-        found[name] = search.find(scan.texts([name]))
-    return found
 
 
 def evaluation_path(mixture: Mixture, text: str) -> Path:

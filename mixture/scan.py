@@ -228,10 +228,14 @@ class Scan:
         wanted = None if sources is None else set(sources)
         for chunk in self.chunks:
             if wanted is None or chunk.source.name in wanted:
-                index = self.index(chunk)
-                for row_id, line in zip(row_ids(chunk, index).tolist(), lines_of(chunk, index), strict=True):
-                    row = orjson.loads(line)
-                    yield row_id, plain_text(fitting(row, chunk.source.format).format.read(row))[0]
+                yield from self.chunk_texts(chunk)
+
+    def chunk_texts(self, chunk: Chunk) -> Iterator[tuple[int, str]]:
+        """The same of one chunk."""
+        index = self.index(chunk)
+        for row_id, line in zip(row_ids(chunk, index).tolist(), lines_of(chunk, index), strict=True):
+            row = orjson.loads(line)
+            yield row_id, plain_text(fitting(row, chunk.source.format).format.read(row))[0]
 
 
 def row_ids(chunk: Chunk, index: Index) -> npt.NDArray[np.uint64]:
