@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -15,6 +16,10 @@ from settings.yaml_tree import ConfigError, ConfigTree, KeyPath, Problem, read_c
 
 SUM_TOLERANCE = Fraction(1, 2000)
 """How far written ratios may miss 1, for 0.3333 three times; they are scaled to 1 then."""
+
+
+FILE_NAME = re.compile(r"[\w-][\w.-]*")
+"""What names of sources and categories may be, as files and folders are named by them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +129,10 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         problems = []
+        for key in ("name", "category"):
+            value = getattr(self, key)
+            if value is not None and not FILE_NAME.fullmatch(value):
+                problems.append(f"{key} {value!r} names a file: letters, digits, _, - and . only, no . in front")
         if self.max_samples is not None and self.max_samples < 1:
             problems.append(f"max_samples must be at least 1, got {self.max_samples}")
         if self.max_epochs is not None and self.max_epochs <= 0:

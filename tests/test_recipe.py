@@ -146,6 +146,8 @@ def test_every_mistake_is_told_at_once_with_its_line(tmp_path: Path) -> None:
         (("max_samples: 30000", "filters: {min_words: 9, max_words: 3}"), "min_words 9 is more than max_words 3"),
         (("max_samples: 30000", "fallback: [{hubb: a/b}]"), "did you mean datasets.custom_data.fallback.0.hub?"),
         (("max_samples: 30000", "path: a.jsonl\n    hub: a/b"), "path is given beside hub"),
+        (("max_samples: 30000", "category: ../up"), "category '../up' names a file"),
+        (('name: "custom_data"', 'name: "a/b"'), "name 'a/b' names a file"),
         (("metadata:", "total: lots\nmetadata:"), "total: expected a number of rows"),
         (("metadata:", "total: 5\ntotal_samples: 6\nmetadata:"), "total_samples is given beside total"),
         (("metadata:", "split: {train: 0.9, validation: 0.2}\nmetadata:"), "split: the shares sum to 1.1"),
