@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,11 @@ from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 WHITESPACE = bytes([*range(9, 14), *range(28, 33)])
 """What str.split takes as white space in ASCII."""
-WIDE_WHITESPACE = "\x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
-"""What str.split takes as white space beyond ASCII."""
+WIDE_WHITESPACE = tuple(char.encode() for char in "\x85\xa0\u1680\u205f\u3000")
+"""What str.split takes as white space beyond ASCII, but for what GENERAL_PUNCTUATION matches."""
+PUNCTUATION_START = b"\xe2\x80"
+GENERAL_PUNCTUATION = re.compile(PUNCTUATION_START + b"[\x80-\x8a\xa8\xa9\xaf]")
+"""U+2000 to U+200A, U+2028, U+2029 and U+202F in UTF-8; curly quotes begin alike."""
 LOWER_AND_SPACE = bytes(32 if byte in WHITESPACE else byte + 32 if 65 <= byte <= 90 else byte for byte in range(256))
 SPACE = 32
 
@@ -40,12 +44,13 @@ def fingerprints(texts: Sequence[str], prompt_characters: Sequence[int]) -> Fing
     """
     joined, starts = joined_lower_case(texts, prompt_characters)
     spaces = np.frombuffer(joined, np.uint8) == SPACE
-    repeated = np.flatnonzero(spaces[1:] & spaces[:-1])
-    if len(repeated):
+    repeated = spaces[1:] & spaces[:-1]
+    places = np.flatnonzero(repeated)
+    if len(places):
         kept = np.ones(len(joined), np.bool_)
-        kept[repeated + 1] = False
+        np.logical_not(repeated, out=kept[1:])
         joined = np.frombuffer(joined, np.uint8)[kept].tobytes()
-        starts = starts - np.searchsorted(repeated, starts - 1)
+        starts = starts - np.searchsorted(places, starts - 1)
     bounds = starts.tolist()
     rows = zip(bounds[0:-1:2], bounds[1::2], bounds[2::2], prompt_characters, strict=True)
     content, prompt = [], []
@@ -60,25 +65,25 @@ def joined_lower_case(texts: Sequence[str], prompt_characters: Sequence[int]) ->
     """All texts as UTF-8 in lower case, a space for all white space and around each text, and where each one's
     prompt and rest begin: [2 x texts + 1]. A text without a prompt begins with its rest."""
     lengths = [1]
-    pieces: list[str] = [""]
+    pieces = [b""]
     for text, characters in zip(texts, prompt_characters, strict=True):
         if text.isascii():
-            prompt_bytes, size = characters, len(text)
+            piece, before = text.encode(), characters
         else:
-            prompt_bytes, text = len(lower_case(text[:characters]).encode()), lower_case(text)
-            size = len(text.encode())
-        before = prompt_bytes + 1 if characters else 0
+            prompt, rest = lower_case(text[:characters]), lower_case(text[characters:])
+            piece, before = prompt + rest, len(prompt)
+        if before:
+            before += 1
         lengths.append(before)
-        lengths.append(size + 1 - before)
-        pieces.append(text)
-    pieces.append("")
-    return "\n".join(pieces).encode().translate(LOWER_AND_SPACE), np.cumsum(lengths)
+        lengths.append(len(piece) + 1 - before)
+        pieces.append(piece)
+    pieces.append(b"")
+    return b"\n".join(pieces).translate(LOWER_AND_SPACE), np.cumsum(lengths)
 
 
-def lower_case(text: str) -> str:
-    """The text in lower case, with white space beyond ASCII as plain spaces."""
-    lower = text.lower()
+def lower_case(text: str) -> bytes:
+    """The text in lower case, as UTF-8, with white space beyond ASCII as plain spaces."""
+    lower = text.lower().encode()
     for space in WIDE_WHITESPACE:
-        if space in lower:
-            lower = lower.replace(space, " ")
-    return lower
+        lower = lower.replace(space, b" ")
+    return GENERAL_PUNCTUATION.sub(b" ", lower) if PUNCTUATION_START in lower else lower

@@ -37,6 +37,7 @@ FORMAT_VERSION = 1
 
 BUCKET_BYTES = 32 << 20
 """Rows that are put in order in memory."""
+LINES_PER_WRITE = 64
 MEGABYTE = 1 << 20
 SPLITS = ("train", "test")
 Layout = Literal["mixed", "categories"]
@@ -428,7 +429,7 @@ def scatter_chunk(order: Order, chunk: Chunk) -> None:
     table[0, :-1] = keys
     np.cumsum(sizes, out=table[1, 1:])
     with whole_file(order.rows_file(chunk)) as file:
-        file.writelines(map(lines.__getitem__, positions.tolist()))
+        file.writelines(joined(lines, positions.tolist()))
     with whole_file(order.table_file(chunk)) as file:
         np.save(file, table)
     counts = chunk_counts(order, chunk, groups, rows["characters"][which], sizes)
@@ -540,7 +541,8 @@ def write_part(order: Order, output: Path, part: Part) -> None:
         hashed = HashedFile(file)
         with compressed(hashed, order.compress) as stream:
             for first, end in zip(part.first_keys, part.first_keys[1:], strict=False):
-                stream.write(bucket(order, part.group, first, end, rows))
+                for lines in bucket(order, part.group, first, end, rows):
+                    stream.write(lines)
     group = order.groups[part.group]
     written = WrittenPart(
         file=part.file,
@@ -553,7 +555,7 @@ def write_part(order: Order, output: Path, part: Part) -> None:
     write_whole(order.part_file(part), orjson.dumps(asdict(written)))
 
 
-def bucket(order: Order, group: int, first: int, end: int, rows: Counter[str]) -> bytes:
+def bucket(order: Order, group: int, first: int, end: int, rows: Counter[str]) -> Iterator[bytes]:
     """The lines of one range of keys, in the order of the keys; counts them by source into `rows`."""
     keys: list[Keys] = []
     lines: list[memoryview] = []
@@ -568,10 +570,14 @@ def bucket(order: Order, group: int, first: int, end: int, rows: Counter[str]) -
             keys.append(written.keys[low:high])
             starts = written.starts[low : high + 1].tolist()
             lines += [written.data[begin:finish] for begin, finish in pairwise(starts)]
-    if not lines:
-        return b""
-    sorting = np.argsort(np.concatenate(keys), kind="stable")
-    return b"".join(map(lines.__getitem__, sorting.tolist()))
+    if lines:
+        yield from joined(lines, np.argsort(np.concatenate(keys), kind="stable").tolist())
+
+
+def joined(lines: Sequence[bytes | memoryview], order: Sequence[int]) -> Iterator[bytes]:
+    """Lines in an order, some at a time, so that writing them takes few calls and little memory."""
+    for first in range(0, len(order), LINES_PER_WRITE):
+        yield b"".join([lines[number] for number in order[first : first + LINES_PER_WRITE]])
 
 
 class HashedFile:
