@@ -252,10 +252,19 @@ def is_passing(error: Exception) -> bool:
     status = status_of(error)
     if status is not None:
         return status in RETRIED_STATUSES
-    names = kinds(error)
-    if names & {"OfflineModeIsEnabled"}:
-        return False
-    return bool(names & {"ConnectionError", "TimeoutError", "TransportError", "LocalEntryNotFoundError"})
+    return is_network_error(error) and not is_offline()
+
+
+def is_network_error(error: Exception) -> bool:
+    """Whether no answer came at all."""
+    return bool(kinds(error) & {"ConnectionError", "TimeoutError", "TransportError", "LocalEntryNotFoundError"})
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE is set."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def kinds(error: BaseException) -> set[str]:
@@ -299,10 +308,8 @@ def explained(error: Exception, source: HubSource) -> Exception:
     names = kinds(error)
     place = f"{source.id} at {source.revision or 'its newest revision'}"
     has_token = "the token that is set has no access" if is_token_set() else "no token is set"
-    if "OfflineModeIsEnabled" in names:
-        return ValueError(
-            f"{place} is not on this machine, and HF_HUB_OFFLINE is set: fetch it where there is a network"
-        )
+    if is_offline() and is_network_error(error):
+        return ValueError(f"{place} is not here, and HF_HUB_OFFLINE is set: fetch it where there is a network")
     if "GatedRepoError" in names:
         return ValueError(
             f"{source.id} is gated ({has_token}): accept its terms at https://huggingface.co/datasets/{source.id}, "

@@ -157,6 +157,11 @@ def read_hub(source: HubSource, split: str, options: Any = None) -> Any:
         try:
             rows = load_files(candidate, split) if candidate.files else load_config(candidate, split)
         except Exception as error:
+            if candidate.gated:
+                raise ValueError(
+                    f"{candidate.id} is gated: accept its terms at https://huggingface.co/datasets/{candidate.id}, "
+                    f"then set HF_TOKEN or run `hf auth login` ({type(error).__name__}: {error})"
+                ) from error
             if not source.fallback:
                 raise
             failures.append(f"{candidate.id}: {type(error).__name__}: {error}")

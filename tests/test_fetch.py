@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from dataset_hub import COMMIT, TOKEN, DatasetHub, Fault, played_hub, point_clients_at
+from huggingface_hub import close_session
 from rich.console import Console
 
 import mixture.fetch
@@ -220,6 +221,21 @@ def test_a_hub_that_is_down_is_told_after_all_attempts(
         HubUnavailableError, match=r"org/sums: the hub does not answer \(ConnectError\), for 0 s; try again"
     ):
         fetch(wanted, tmp_path / "out")
+
+
+@pytest.mark.parametrize("fields", [{"files": {"train": "data/train-*.parquet"}}, {}, {"revision": None}])
+def test_where_fetching_is_forbidden_that_is_told_at_once(
+    hub: DatasetHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, object]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    close_session()
+    told = r"org/sums at .* is not here, and HF_HUB_OFFLINE is set: fetch it where there is a network"
+    with FetchDisplay(lambda line: None) as display, pytest.raises(ValueError, match=told):
+        task = display.task("sums")
+        fetch_split(pinned(source(**fields), task), "train", tmp_path / "out", task)
+    assert hub.asked_for == []
+    close_session()
 
 
 def test_a_branch_is_pinned_to_its_commit_and_the_licence_is_asked_for(hub: DatasetHub) -> None:

@@ -348,6 +348,16 @@ def test_files_of_the_stack_v2_are_fetched_by_their_ids_in_order(tmp_path, monke
             read("the_stack_v2_ids", rows)
 
 
+def test_a_module_of_a_gated_set_says_how_to_be_let_in(tmp_path, monkeypatch):
+    with played_hub(tmp_path / "hub", monkeypatch, tmp_path / "cache") as hub:
+        hub.write("bigcode/starcoderdata/python/a.parquet", b"")
+        hub.gated.add("bigcode/starcoderdata")
+        with pytest.raises(
+            ValueError, match=r"bigcode/starcoderdata is gated: accept its terms at .*, then set HF_TOKEN"
+        ):
+            load("train", name="starcoderdata")
+
+
 def test_a_module_reads_from_the_hub_or_from_the_next_place_that_can_be_had(tmp_path, monkeypatch):
     source = HubSource(
         id="org/first",
