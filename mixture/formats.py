@@ -109,6 +109,10 @@ def canonical_row(
     return head
 
 
+class NoExchangeError(ValueError):
+    """A conversation without one question and its answer: well formed, and nothing to learn from."""
+
+
 def canonical_parts(
     row: Row, source: str, row_id: str, category: str | None, format_name: str
 ) -> tuple[dict[str, Any], Content]:
@@ -117,6 +121,8 @@ def canonical_parts(
     row_format = candidate.format
     try:
         content = row_format.read(row)
+    except NoExchangeError:
+        raise
     except ValueError as error:
         raise ValueError(f"row {row_id}, format {row_format.name}: {error}\n  {shown(row)}") from error
     get = row.get
@@ -420,7 +426,8 @@ def exchanges_in_turn(messages: list[Message]) -> list[Message]:
         if role == "assistant":
             answered = place + 1
     if answered == first:
-        raise ValueError(f"no question with an answer: the turns are {', '.join(turn['role'] for turn in messages)}")
+        roles = ", ".join(turn["role"] for turn in messages)
+        raise NoExchangeError(f"no question with an answer: the turns are {roles}")
     return [*system, *messages[first:answered]]
 
 

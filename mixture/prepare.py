@@ -23,7 +23,7 @@ import xxhash
 
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile, load_rows, parse_module, score_function
-from mixture.formats import Sample, canonical_sample, detect_format
+from mixture.formats import NoExchangeError, Sample, canonical_sample, detect_format
 from mixture.packing import single_packs, staged_packs
 from mixture.render import OVER_LENGTH_DEFAULT, Objective, Renderer, generation_prompt
 from mixture.shards import TokenWriter, write_packs
@@ -322,6 +322,8 @@ class SplitInput(Protocol):
 
     formats: Counter[str]
     """Samples read so far, by format; empty where that is not known."""
+    dropped: Counter[str]
+    """Rows left out so far, before they became samples, by reason."""
 
     def batches(self) -> Iterator[LineBatch]: ...
 
@@ -368,6 +370,8 @@ class SplitWriter:
                 if time.monotonic() - told > REPORT_EVERY_SECONDS:
                     told = time.monotonic()
                     self.report(f"{self.name}: {samples} rows, {sum(s.tokens for s in sources.values())} tokens")
+        dropped += split.dropped
+        samples += split.dropped.total()
         if not samples:
             raise ValueError(f"split {self.name}: {split} returned 0 rows")
         lengths = np.array(tokens.lengths, dtype=np.int32)
@@ -437,6 +441,7 @@ class ModuleRows:
         self.report = report
         self.keep_raw_rows = keep_raw_rows
         self.formats: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
         self.raw_rows: list[bytes] = []
 
     def __str__(self) -> str:
@@ -455,6 +460,9 @@ class ModuleRows:
                 self.formats[detect_format(row).name] += 1
                 sample = canonical_sample(row, source=self.source, row_id=f"{self.source}-{self.name}-{index}")
                 line = orjson.dumps(sample.as_json(), option=orjson.OPT_APPEND_NEWLINE)
+            except NoExchangeError:
+                self.dropped["no question with an answer"] += 1
+                continue
             except (ValueError, TypeError) as error:  # TypeError: what JSON cannot hold
                 raise ValueError(f"{self.module}, {self.name} row {index}: {error}") from error
             if self.keep_raw_rows and index < SCORED_ROWS:
@@ -529,6 +537,7 @@ class MixtureRows:
         self.mixture = mixture
         self.limit = limit
         self.formats: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
 
     def __str__(self) -> str:
         return f"the mixture {self.mixture}"

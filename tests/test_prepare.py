@@ -84,6 +84,20 @@ def test_raw_test_rows_are_kept_with_what_generation_starts_from_where_there_is_
     assert not without.has_score and not (without.folder / "test_rows.jsonl").exists()
 
 
+def test_conversations_without_an_answer_are_left_out_and_counted(tmp_path):
+    text = """
+GOOD = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "Four."}]
+UNANSWERED = [{"from": "human", "value": "Hello?"}]
+
+def get_custom_dataset(dataset_config, processor, split):
+    return [{"conversations": GOOD}, {"conversations": UNANSWERED}, {"conversations": GOOD}]
+"""
+    prepared = prepare(make_request(tmp_path, text), tmp_path / "data", silent)
+    assert prepared.splits["train"].samples == 3
+    assert prepared.splits["train"].rows == 2
+    assert prepared.splits["train"].dropped == {"no question with an answer": 1}
+
+
 def test_rows_that_json_cannot_hold_are_prepared_but_not_scored_and_that_is_told(tmp_path):
     text = MODULE.replace('"answer": str(i + 1)}', '"answer": str(i + 1), "thing": object()}')
     told = []
