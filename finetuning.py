@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from mixture.prepare import PreparedData
+from mixture.whole_files import write_whole
 from training.checkpoints import Checkpoint, NoValidCheckpointError, ResumeTerms, newest_valid, refuse_changed_terms
 from training.distributed import Ranks, failing_together, from_main, join_ranks
 from training.export import is_exported, require_own_folder
 from training.run import BlockResult, FinetuningRun
-from training.run_folder import write_atomically
 from training.schedule import Horizon
 
 # torch and transformers take seconds to import, and a block with nothing left to do should not wait for them.
@@ -210,7 +210,7 @@ def evaluate(run: FinetuningRun) -> dict[str, Any]:
         )
     result = as_json(loss, generated, step=checkpoint.step, epoch=checkpoint.epoch)
     if ranks.is_main:
-        write_atomically(run.folder.evaluation, orjson.dumps(result, option=orjson.OPT_INDENT_2))
+        write_whole(run.folder.evaluation, orjson.dumps(result, option=orjson.OPT_INDENT_2), synced=True)
         run.folder.record_event("evaluated", **{key: value for key, value in result.items() if key != "examples"})
     return result
 

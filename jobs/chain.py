@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from training.run_folder import RunFolder, write_atomically
+from mixture.whole_files import write_whole
+from training.run_folder import RunFolder
 
 JobKind = Literal["prepare", "block", "evaluate"]
 
@@ -49,7 +50,7 @@ class Journal:
         """Add a job, or replace what is known of the job of that name."""
         self.jobs = [known for known in self.jobs if known.name != job.name] + [job]
         content: dict[str, Any] = {"run_id": self.run_id, "jobs": [asdict(job) for job in self.jobs]}
-        write_atomically(self.path, json.dumps(content, indent=2).encode() + b"\n")
+        write_whole(self.path, json.dumps(content, indent=2).encode() + b"\n", synced=True)
 
     def next_name(self, run_name: str, kind: JobKind) -> str:
         """A job name that this run has not used yet."""

@@ -18,9 +18,10 @@ from jobs.report import write_report
 from jobs.snapshot import in_snapshot, read_manifest
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparedData, prepare, prepared_folder
+from mixture.whole_files import write_whole
 from training.checkpoints import NoValidCheckpointError, newest_valid
 from training.run import FinetuningRun
-from training.run_folder import RunFolder, write_atomically
+from training.run_folder import RunFolder
 
 
 class ExitCode(IntEnum):
@@ -184,7 +185,7 @@ def evaluate_run(context: JobContext) -> int:
         print("error: training has not reached its end; run the file again to go on", file=sys.stderr)
         return ExitCode.STOPPED_EARLY
     finetuning.evaluate(finetuning_run(context))
-    write_atomically(context.run.done, time.strftime("%Y-%m-%dT%H:%M:%S%z\n").encode())
+    write_whole(context.run.done, time.strftime("%Y-%m-%dT%H:%M:%S%z\n").encode(), synced=True)
     context.run.record_event("done")
     return ExitCode.DONE
 
@@ -251,7 +252,7 @@ def report_failure(run: RunFolder, kind: JobKind, code: int, error: Exception) -
     if is_first_process():
         run.record_event("error", kind=kind, exit_code=int(code), message=reason)
         if code in set(ExitCode) and ExitCode(code).halts:
-            write_atomically(run.halt, f"{reason}\n".encode())
+            write_whole(run.halt, f"{reason}\n".encode(), synced=True)
 
 
 def is_first_process() -> bool:

@@ -17,10 +17,11 @@ from jobs.queue import QueuedJob, live_jobs
 from jobs.slurm import submit_chain
 from jobs.snapshot import describe_environment, in_snapshot, read_manifest, snapshot_code, write_manifest
 from mixture.prepare import PreparedData, prepared_folder
+from mixture.whole_files import write_whole
 from settings.typed import changed_keys
 from settings.yaml_tree import ConfigError, Problem, read_config_file
 from training.checkpoints import newest_valid
-from training.run_folder import RunFolder, write_atomically
+from training.run_folder import RunFolder
 
 CHANGEABLE = ("slurm.partition", "slurm.time", "slurm.cpus_per_task", "slurm.mem", "slurm.account", "slurm.qos",
               "slurm.constraint", "slurm.gpu_id", "slurm.setup", "slurm.extra", "cluster")  # fmt: skip
@@ -83,7 +84,7 @@ def mixture_facts(checked: CheckedRun, run: RunFolder) -> dict[str, str] | None:
 def store_config(run: RunFolder, checked: CheckedRun) -> None:
     text = yaml.safe_dump(resolved_values(checked.config), sort_keys=False, allow_unicode=True)
     header = f"# All settings of run {checked.config.name}, defaults included; written by train.sh.\n"
-    write_atomically(run.config, (header + text).encode())
+    write_whole(run.config, (header + text).encode(), synced=True)
 
 
 def compare_with_stored(run: RunFolder, checked: CheckedRun, data_key: str) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from jobs.snapshot import read_manifest
 from jobs.status import RunStatus, clock, read_status
-from training.run_folder import RunFolder, write_atomically
+from mixture.whole_files import write_whole
+from training.run_folder import RunFolder
 
 WIDTH, HEIGHT = 640, 220
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 28
@@ -40,7 +41,7 @@ class Curve:
 def write_report(run: RunFolder) -> Path:
     """Write the run's report.html and return its path."""
     path = run.path / "report.html"
-    write_atomically(path, report_page(run).encode())
+    write_whole(path, report_page(run).encode(), synced=True)
     return path
 
 

@@ -66,7 +66,7 @@ def submit(job: ChainJob, run: RunFolder, slurm: SlurmConfig) -> str:
     try:
         executor.update_parameters(**sbatch_parameters(job, run, slurm))
         return str(executor.submit(ChainStep(job.kind, str(run.path))).job_id)
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSlurmError) as error:
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise SlurmError(sbatch_words(str(error))) from None
 
 

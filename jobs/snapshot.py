@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.config import PROJECT
-from training.run_folder import write_atomically
+from mixture.whole_files import write_whole
 
 RECORDED_PACKAGES = (
     "torch",
@@ -96,7 +96,7 @@ def describe_environment() -> dict[str, Any]:
 
 def write_manifest(path: Path, facts: dict[str, Any]) -> None:
     """Write manifest.json, which also marks the run folder as complete."""
-    write_atomically(path, json.dumps(facts, indent=2).encode() + b"\n")
+    write_whole(path, json.dumps(facts, indent=2).encode() + b"\n", synced=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from mixture.packing import single_packs, staged_packs
 from mixture.render import OVER_LENGTH_DEFAULT, Objective, Renderer, generation_prompt
 from mixture.shards import TokenWriter, write_packs
 from mixture.tokenising import NOTHING, LineBatch, SourceStats, Tokenising, line_batches
+from mixture.whole_files import write_whole
 from mixture.workers import default_workers
 
 FORMAT_VERSION = 2
@@ -298,8 +299,8 @@ def write_prepared(request: PreparationRequest, folder: Path, report: Report, wo
         "max_length": dataset.max_length,
         "splits": {name: asdict(split) for name, split in splits.items()},
     }
-    write_synced(folder / "stats.json", orjson.dumps(stats, option=orjson.OPT_INDENT_2))
-    write_synced(folder / MARKER, fingerprint.hexdigest().encode())
+    write_whole(folder / "stats.json", orjson.dumps(stats, option=orjson.OPT_INDENT_2), synced=True)
+    write_whole(folder / MARKER, fingerprint.hexdigest().encode(), synced=True)
 
 
 def load_tokenizer(request: PreparationRequest) -> Any:
@@ -584,11 +585,3 @@ def summary(name: str, stats: SplitStats, dataset: DatasetConfig) -> Iterator[st
 
 def counted(counts: dict[str, int] | Counter[str]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.items())
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

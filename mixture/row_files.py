@@ -10,16 +10,16 @@ import gzip
 import io
 import json
 import lzma
-import os
 import re
 import sys
-import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import orjson
+
+from mixture.whole_files import whole_file
 
 READ_BYTES = 1 << 22
 MOST_ROW_CHARACTERS = 1 << 28
@@ -103,15 +103,8 @@ def opened(path: Path) -> io.BufferedReader:
 def write_lines(lines: Iterable[bytes], target: Path) -> None:
     """Write the lines beside `target`, which appears when all of them are on disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(target, synced=True) as file:
+        file.writelines(lines)
 
 
 # --- one small function a kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ def whole_file(path: Path, *, synced: bool = False) -> Iterator[BinaryIO]:
 
     `synced`: on the disk before it is renamed, so that it outlasts a power cut. OSError says what a full disk needs.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{threading.get_native_id()}.{os.getpid()}")
     try:
         with unfinished.open("wb") as file:
             yield file
@@ -35,9 +36,9 @@ def whole_file(path: Path, *, synced: bool = False) -> Iterator[BinaryIO]:
         raise
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, *, synced: bool = False) -> None:
     """Write a small file whole."""
-    with whole_file(path) as file:
+    with whole_file(path, synced=synced) as file:
         file.write(content)
 
 

@@ -4,7 +4,9 @@ pytest wants to load a plugin itself, so test modules import SlurmCluster, for a
 """
 
 import os
+import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,10 +49,11 @@ class SlurmCluster:
 
 
 @pytest.fixture(scope="session")
-def slurm_for_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+def slurm_for_session() -> Iterator[SlurmCluster]:
     """Bring the cluster up, once. A cluster that BATON_CLUSTER names is its owner's, and stays up."""
     owned_elsewhere = "BATON_CLUSTER" in os.environ
-    folder = Path(os.environ.get("BATON_CLUSTER") or tmp_path_factory.mktemp("slurm"))
+    # Not below pytest's own folder, which only its user may enter: the database runs as another one.
+    folder = Path(os.environ.get("BATON_CLUSTER") or tempfile.mkdtemp(prefix="baton-cluster-"))
     environment = os.environ | {"BATON_CLUSTER": str(folder)}
     up = subprocess.run([SCRIPTS / "up"], env=environment, capture_output=True, text=True, timeout=300)
     if up.returncode == IMPOSSIBLE_STATUS:
@@ -59,6 +62,7 @@ def slurm_for_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slur
     yield SlurmCluster(folder)
     if not owned_elsewhere:
         subprocess.run([SCRIPTS / "down"], env=environment, check=True, capture_output=True, timeout=120)
+        shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -265,22 +265,21 @@ def test_killed_at_random_moments_it_ends_with_the_bytes_of_an_unbroken_run(
     monkeypatch.setattr(scan, "CHUNK_BYTES", 4000)
     monkeypatch.setattr(scatter, "BUCKET_BYTES", 20_000)
     recipe = CATEGORIES + "compress: zstd\n"
-    began = time.monotonic()
     unbroken = kitchen.mix(recipe, "whole")
-    seconds = time.monotonic() - began
     mixture = read_mixture(kitchen.recipe(recipe))
+    killed = kitchen.folder / "killed"
     moments = random.Random(11)
     context = multiprocessing.get_context("fork")
     finished = 0
-    for _ in range(10):
-        process = context.Process(
-            target=run_mixture, args=(mixture, kitchen.folder / "killed", str), kwargs={"workers": 2}
-        )
+    # By how far it has come, not by the clock: on a busy machine a clock would kill too early or too late.
+    for files in sorted(moments.randrange(files_below(kitchen.folder / "whole")) for _ in range(10)):
+        process = context.Process(target=run_mixture, args=(mixture, killed, str), kwargs={"workers": 2})
         process.start()
-        process.join(moments.uniform(0.1, 0.5) * seconds)
-        finished += process.exitcode == 0
+        while process.is_alive() and files_below(killed) < files:
+            time.sleep(0.001)
         process.kill()
         process.join()
+        finished += process.exitcode == 0
     assert finished < 10
     again = kitchen.mix(recipe, "killed")
     assert unbroken.folder is not None and again.folder is not None
@@ -288,6 +287,10 @@ def test_killed_at_random_moments_it_ends_with_the_bytes_of_an_unbroken_run(
     assert first.keys() == second.keys()
     for name in first:
         assert first[name].replace(b"/whole/", b"/killed/") == second[name], name
+
+
+def files_below(folder: Path) -> int:
+    return sum(1 for _ in folder.rglob("*"))
 
 
 # --- the folder

@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from training.run_folder import write_atomically
+from mixture.whole_files import write_whole
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -118,7 +118,7 @@ def publish_store(folder: Path, ranks: Ranks) -> TCPStore:
     address = "127.0.0.1" if is_one_node else os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or socket.gethostname()
     rendezvous_file(folder).unlink(missing_ok=True)
     store = TCPStore(address, 0, ranks.world_size, is_master=True, wait_for_workers=False)
-    write_atomically(rendezvous_file(folder), f"{address} {store.port}".encode())
+    write_whole(rendezvous_file(folder), f"{address} {store.port}".encode(), synced=True)
     return store
 
 

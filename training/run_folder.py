@@ -120,16 +120,3 @@ def read_new_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
         content = file.read()
     whole = content[: content.rfind(b"\n") + 1]
     return [orjson.loads(line) for line in whole.splitlines()], offset + len(whole)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing: beside it, to disk, then renamed into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
