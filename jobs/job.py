@@ -20,7 +20,7 @@ from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparedData, prepare, prepared_folder
 from mixture.whole_files import write_whole
 from training.checkpoints import NoValidCheckpointError, newest_valid
-from training.run import FinetuningRun
+from training.run import FinetuningRun, NonFiniteLossError
 from training.run_folder import RunFolder
 
 
@@ -68,7 +68,8 @@ class JobContext:
     """Where recipe and result of a mixture lie, as the manifest has it."""
 
     prepared: Path
-    world_size: int
+    working_folder: Path
+    """Where the user submitted from, and where relative paths in dataset modules start."""
 
 
 def run_job(kind: JobKind, run: RunFolder) -> int:
@@ -99,7 +100,7 @@ def enter(kind: JobKind, run: RunFolder) -> int:
     if kind == "block" and crashed_without_progress(run):
         raise ValueError(f"{MAX_CRASHES_WITHOUT_PROGRESS} blocks in a row crashed without a new checkpoint; see logs/")
     context = open_run(run)
-    os.chdir(working_folder(run))
+    os.chdir(context.working_folder)
     match kind:
         case "prepare":
             return prepare_data(context)
@@ -125,7 +126,7 @@ def open_run(run: RunFolder) -> JobContext:
         module=ModuleFile(Path(module["path"]), module["function"]) if module else None,
         mixture=manifest["mixture"],
         prepared=prepared_folder(config.data_folder, manifest["data_key"]),
-        world_size=manifest["world_size"],
+        working_folder=existing_folder(Path(manifest["working_folder"]), run.code),
     )
 
 
@@ -134,10 +135,9 @@ def snapshot_name(name: str, code: Path) -> str:
     return str(in_snapshot(Path(name), code)) if Path(name).is_absolute() else name
 
 
-def working_folder(run: RunFolder) -> Path:
-    """The folder the user submitted from, where relative paths in dataset modules start."""
-    folder = Path(read_manifest(run.manifest)["working_folder"])
-    return folder if folder.is_dir() else run.code
+def existing_folder(folder: Path, otherwise: Path) -> Path:
+    """The folder, where this node sees it."""
+    return folder if folder.is_dir() else otherwise
 
 
 def prepare_data(context: JobContext) -> int:
@@ -238,7 +238,7 @@ def crashed_without_progress(run: RunFolder) -> bool:
 def exit_code_of(error: Exception) -> int:
     if isinstance(error, NoValidCheckpointError):
         return ExitCode.NO_VALID_CHECKPOINT
-    if type(error).__name__ == "NonFiniteLossError":  # its module imports torch, which a prepare job never does
+    if isinstance(error, NonFiniteLossError):
         return ExitCode.LOSS_NOT_FINITE
     return ExitCode.BAD_INPUT if isinstance(error, ValueError) else CRASHED
 

@@ -16,7 +16,6 @@ from jobs.preflight import CheckedRun
 from jobs.queue import QueuedJob, live_jobs
 from jobs.slurm import submit_chain
 from jobs.snapshot import describe_environment, in_snapshot, read_manifest, snapshot_code, write_manifest
-from mixture.prepare import PreparedData, prepared_folder
 from mixture.whole_files import write_whole
 from settings.typed import changed_keys
 from settings.yaml_tree import ConfigError, Problem, read_config_file
@@ -106,13 +105,12 @@ def compare_with_stored(run: RunFolder, checked: CheckedRun, data_key: str) -> N
 
 def remaining_jobs(run: RunFolder, checked: CheckedRun, plan: Plan) -> list[JobKind]:
     """The jobs that finish the run from where it stands."""
-    prepared = PreparedData.open(prepared_folder(checked.config.data_folder, plan.data_key))
     checkpoint, _ = newest_valid(run.checkpoints)
     blocks_left = checked.config.training.total_jobs
     if checkpoint is not None:
         blocks_done = checkpoint.step * blocks_left // checkpoint.terms.horizon_steps
         blocks_left -= blocks_done
-    return jobs_needed(prepared=prepared is not None, blocks_left=blocks_left, evaluated=run.done.exists())
+    return jobs_needed(prepared=plan.prepared is not None, blocks_left=blocks_left, evaluated=run.done.exists())
 
 
 def submit(run: RunFolder, checked: CheckedRun, plan: Plan, report: Callable[[str], None]) -> list[ChainJob]:

@@ -20,8 +20,7 @@ from mixture.prepare import PreparationRequest, prepare
 from training.checkpoints import NoValidCheckpointError, newest_valid
 from training.config import EvaluationConfig
 from training.evaluation import generate, prompt_text
-from training.run import FinetuningRun
-from training.trainer import NonFiniteLossError
+from training.run import FinetuningRun, NonFiniteLossError
 
 MakeRun = Callable[..., FinetuningRun]
 

@@ -35,3 +35,7 @@ class BlockResult:
     step: int
     horizon_steps: int
     finished: bool
+
+
+class NonFiniteLossError(ArithmeticError):
+    """Loss or gradient is not finite. No checkpoint holds the damage: both are looked at before every save."""

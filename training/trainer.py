@@ -24,12 +24,9 @@ from training.batches import Batch, BlockSampler, ComputeLoss, PackedDataset, co
 from training.checkpoints import Checkpoint, Progress, ResumeTerms
 from training.config import SaveInterval, TrainingConfig
 from training.distributed import Ranks, agree_on_any, failing_together, from_main
+from training.run import NonFiniteLossError
 from training.run_folder import RunFolder
 from training.schedule import Horizon, learning_rate
-
-
-class NonFiniteLossError(ArithmeticError):
-    """Loss or gradient is not finite. No checkpoint holds the damage: both are looked at before every save."""
 
 
 def training_arguments(
