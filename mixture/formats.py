@@ -37,6 +37,8 @@ ROLES = {
 }
 """Spellings of roles, in lower case, and what they mean."""
 
+CANONICAL_ROLES = tuple(dict.fromkeys(ROLES.values()))
+
 FOLLOWS = {"user": (None, "system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
 """Roles after which each role may speak; None: at the start."""
 
@@ -154,8 +156,7 @@ def fitting(row: Row, format_name: str) -> Candidate:
     """The first candidate whose columns are all filled in the row."""
     if type(row) is not dict and not isinstance(row, Mapping):
         raise ValueError(f"a row must be a dict of columns, got {type(row).__name__}: {str(row)[:SHOWN_CHARACTERS]}")
-    candidates = candidates_for(tuple(row), format_name)
-    for candidate in candidates:
+    for candidate in candidates_for(tuple(row), format_name):
         for column in candidate.format.columns:
             if row[column] is None:
                 break
@@ -399,9 +400,10 @@ def exchange(question: str, answer: str) -> list[Message]:
 
 def system_turn(row: Row) -> list[Message]:
     """The system turn of a row with a filled `system` or `system_prompt` column, else nothing."""
-    for column in SYSTEM:
-        if row.get(column):
-            return [{"role": "system", "content": text(row, column)}]
+    if "system" in row or "system_prompt" in row:
+        for column in SYSTEM:
+            if row.get(column):
+                return [{"role": "system", "content": text(row, column)}]
     return []
 
 
@@ -415,19 +417,18 @@ def exchanges_in_turn(messages: list[Message]) -> list[Message]:
 
     ValueError: not one question with its answer is left.
     """
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    first = next((place for place, turn in enumerate(messages) if turn["role"] == "user"), len(messages))
-    previous, answered, place = None, first, first
-    for place in range(first, len(messages)):
-        role = messages[place]["role"]
+    roles = [turn["role"] for turn in messages]
+    system = messages[:1] if roles[0] == "system" else []
+    first = roles.index("user") if "user" in roles else len(roles)
+    previous, answered = None, first
+    for place, role in enumerate(roles[first:], first):
         if previous not in FOLLOWS.get(role, ()):
             break
         previous = role
         if role == "assistant":
             answered = place + 1
     if answered == first:
-        roles = ", ".join(turn["role"] for turn in messages)
-        raise NoExchangeError(f"no question with an answer: the turns are {roles}")
+        raise NoExchangeError(f"no question with an answer: the turns are {', '.join(roles)}")
     return [*system, *messages[first:answered]]
 
 
@@ -450,47 +451,51 @@ def text_or_messages(value: Any, column: str) -> str | list[Message]:
 
 def read_turns(turns: Any, column: str) -> list[Message]:
     """Turns as [{role, content, ...}], from {role, content} or {from, value}; further filled keys are kept."""
-    if isinstance(turns, (str, Mapping)) or not hasattr(turns, "__iter__"):
+    if type(turns) is not list and (isinstance(turns, (str, Mapping)) or not hasattr(turns, "__iter__")):
         raise ValueError(f"column {column} must hold a list of turns, got {type(turns).__name__}")
-    messages = [quick_turn(turn) or read_turn(turn, f"{column}[{index}]") for index, turn in enumerate(turns)]
+    messages: list[Message] = []
+    for turn in turns:
+        # A turn that is canonical already is taken as it is: most are, and the general way costs several times as much.
+        if (
+            type(turn) is dict
+            and len(turn) == 2
+            and turn.get("role") in CANONICAL_ROLES
+            and type(content := turn.get("content")) is str
+            and (content[:1] > "<" or not is_chat_html(content))
+        ):
+            messages.append(turn)
+        else:
+            messages.append(read_turn(turn, column, len(messages)))
     if not messages:
         raise ValueError(f"column {column} holds no turns")
     return messages
 
 
-def quick_turn(turn: Any) -> Message | None:
-    """The turn, if it has the two usual keys and texts only: nearly all turns do, and the general way costs more."""
-    if type(turn) is not dict or len(turn) != 2:
-        return None
-    role, content = turn.get("role"), turn.get("content")
-    if role is None:
-        role, content = turn.get("from"), turn.get("value")
-    if type(role) is not str or type(content) is not str or (known := ROLES.get(role)) is None:
-        return None
-    if known == "assistant" and is_chat_html(content):
-        return None
-    return {"role": known, "content": content}
-
-
-def read_turn(turn: Any, where: str) -> Message:
+def read_turn(turn: Any, column: str, index: int) -> Message:
     """One turn; ValueError names the place where its role or content cannot be read."""
-    if not isinstance(turn, Mapping):
-        raise ValueError(f"{where} must be a dict with role and content, got {type(turn).__name__}")
+    if type(turn) is not dict and not isinstance(turn, Mapping):
+        raise ValueError(f"{column}[{index}] must be a dict with role and content, got {type(turn).__name__}")
     role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
-    role = ROLES.get(str(turn.get(role_key)).strip().lower())
+    name, content = turn.get(role_key), turn.get(content_key)
+    role = ROLES.get(name) if type(name) is str else None
     if role is None:
-        raise ValueError(f"{where} has {role_key} {turn.get(role_key)!r}; known: {', '.join(ROLES)}")
-    content = turn.get(content_key)
+        role = ROLES.get(str(name).strip().lower())
+    if role is None:
+        raise ValueError(f"{column}[{index}] has {role_key} {name!r}; known: {', '.join(ROLES)}")
     if content is None and turn.get("tool_calls"):
         content = ""
-    if isinstance(content, list):
-        content = joined_parts(content, where)
+    if type(content) is list:
+        content = joined_parts(content, f"{column}[{index}]")
     if not isinstance(content, str):
-        raise ValueError(f"{where} has {content_key} of type {type(content).__name__}, expected text")
+        raise ValueError(f"{column}[{index}] has {content_key} of type {type(content).__name__}, expected text")
     if role == "assistant" and is_chat_html(content):
         content = markdown(content)
-    kept = {key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None}
-    return {"role": role, "content": content, **kept}
+    message = {"role": role, "content": content}
+    if len(turn) > 2:
+        message.update(
+            {key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None}
+        )
+    return message
 
 
 def joined_parts(parts: list[Any], where: str) -> str:

@@ -37,6 +37,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -424,61 +425,52 @@ class ChunkReader:
         """The index rows of the lines that are kept."""
         source = self.chunk.source
         keep, row_format, loads = source.keep, source.format, orjson.loads
+        sizes = [line if isinstance(line, int) else len(line) + 1 for line in lines]
+        offsets = list(accumulate(sizes[:-1], initial=first_offset))
         texts: list[str] = []
         prompts: list[int] = []
-        places: tuple[list[int], list[int], list[int]] = ([], [], [])
+        kept: list[int] = []
         parents: list[tuple[int, int]] = []
-        add_text, add_prompt, (add_offset, add_size, add_line) = (
-            texts.append,
-            prompts.append,
-            (p.append for p in places),
-        )
-        offset = first_offset
-        for number, line in enumerate(lines, self.lines):
+        for place, line in enumerate(lines):
             if isinstance(line, int):
-                self.reject(number, f"line too long: {line} bytes, at most {MAX_LINE_BYTES}", b"")
+                self.reject(self.lines + place, f"line too long: {line} bytes, at most {MAX_LINE_BYTES}", b"")
                 continue
-            begin, size = offset, len(line)
-            offset += size + 1
             try:
                 row = loads(line)
             except orjson.JSONDecodeError as error:
                 if line.strip():
-                    self.reject(number, unreadable(line, error), line)
+                    self.reject(self.lines + place, unreadable(line, error), line)
                 continue
             try:
                 content = fitting(row, row_format).format.read(row)
                 text, prompt = plain_text(content)
             except ValueError as error:
-                self.reject(number, misfit(row, error), line)
+                self.reject(self.lines + place, misfit(row, error), line)
                 continue
             if keep is not None:
                 try:
                     reason = keep(text, row, content)
                 except ValueError as error:
-                    raise ValueError(f"{self.chunk.named}, line {line_number(self.chunk, begin)}: {error}") from error
+                    number = line_number(self.chunk, offsets[place])
+                    raise ValueError(f"{self.chunk.named}, line {number}: {error}") from error
                 if reason is not None:
-                    self.reject(number, reason, line)
+                    self.reject(self.lines + place, reason, line)
                     continue
-            if (parent := parent_of(row)) is not None:
+            if ("parent" in row or "metadata" in row) and (parent := parent_of(row)) is not None:
                 parents.append((len(texts), xxhash.xxh3_64_intdigest(str(parent).encode())))
-            add_text(text)
-            add_prompt(prompt)
-            add_offset(begin)
-            add_size(size)
-            add_line(number)
+            texts.append(text)
+            prompts.append(prompt)
+            kept.append(place)
+        index = self.index(texts, prompts, parents)
+        index["offset"] = np.array(offsets, np.int64)[kept]
+        index["size"] = np.array(sizes, np.int64)[kept] - 1
+        index["line"] = np.array(kept, np.int64) + self.lines
         self.lines += len(lines)
-        return self.index(texts, prompts, places, parents)
+        return index
 
-    def index(
-        self,
-        texts: list[str],
-        prompts: list[int],
-        places: tuple[list[int], list[int], list[int]],
-        parents: list[tuple[int, int]],
-    ) -> Index:
-        """Index rows of kept texts."""
-        index = np.empty(len(texts), INDEX)
+    def index(self, texts: list[str], prompts: list[int], parents: list[tuple[int, int]]) -> Index:
+        """Index rows of kept texts, but for the places of their lines."""
+        index = np.zeros(len(texts), INDEX)
         if not texts:
             return index
         found = fingerprints(texts, prompts)
@@ -486,17 +478,11 @@ class ChunkReader:
         index["group"] = np.where(np.array(prompts) > 0, found.prompt, found.content[:, 1])
         for row, parent in parents:
             index["group"][row] = parent
-        index["offset"], index["size"], index["line"] = places
-        characters = list(map(len, texts))
-        index["characters"] = characters
-        index["text_bytes"] = characters
-        index["prompt_bytes"] = prompts
-        for row, text in enumerate(texts):
-            if not text.isascii():
-                index["text_bytes"][row] = len(text.encode())
-                index["prompt_bytes"][row] = len(text[: prompts[row]].encode())
+        index["characters"] = list(map(len, texts))
+        index["text_bytes"] = found.text_bytes
+        index["prompt_bytes"] = found.prompt_bytes
         self.kept += len(texts)
-        self.text_bytes += int(index["text_bytes"].sum(dtype=np.int64))
+        self.text_bytes += int(found.text_bytes.sum())
         return index
 
     def reject(self, number: int, why: str, line: bytes) -> None:

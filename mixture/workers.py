@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -54,10 +56,23 @@ def run_here(function: Callable[[Task], None], tasks: Sequence[Task], label: str
     """The tasks one after another, in this process."""
     told = time.monotonic()
     for number, task in enumerate(tasks):
-        function(task)
+        with uncollected():
+            function(task)
         if time.monotonic() - told > REPORT_EVERY_SECONDS:
             told = time.monotonic()
             report(f"{label}: {number + 1} of {len(tasks)}")
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the search for reference cycles: rows hold none, and among so many it takes a tenth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def work(function: Callable[[Task], None], tasks: Sequence[Task], taken: Any, errors: Connection, parent: int) -> None:
@@ -69,7 +84,8 @@ def work(function: Callable[[Task], None], tasks: Sequence[Task], taken: Any, er
         if number >= len(tasks):
             return
         try:
-            function(tasks[number])
+            with uncollected():
+                function(tasks[number])
         except Exception as error:
             errors.send((type(error), error.args, str(error), traceback.format_exc()))
             os._exit(1)
