@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -177,6 +178,7 @@ class BlockTrainer(Trainer):
         self.owner = owner
         self.checkpoint = start
         self.tokens_of_step = 0
+        self.has_settled_buckets = False
         self.uncounted_tokens = 0
         self.logged_tokens = 0
         self.logged_at_s: float | None = None
@@ -246,6 +248,30 @@ class BlockTrainer(Trainer):
         self.tokens_of_step = sum(batch["input_ids"].numel() for batch in batches)
         self.uncounted_tokens += self.tokens_of_step
         return batches, num_items
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if isinstance(model, DistributedDataParallel) and not self.has_settled_buckets:
+            self.settle_buckets(model, inputs, num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def settle_buckets(
+        self, model: DistributedDataParallel, inputs: Batch, num_items_in_batch: torch.Tensor | None
+    ) -> None:
+        """One pass for nothing. DDP sums the gradients of its first pass in one bucket and those of all others in
+        several, and where a number lies in a bucket decides in which order the ranks' shares of it are added. Without
+        this the first step of every block would round as no step of an uninterrupted run does."""
+        states = random_states()
+        is_synced = model.require_backward_grad_sync
+        model.require_backward_grad_sync = True
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        model.require_backward_grad_sync = is_synced
+        model.zero_grad()
+        restore_random_states(states)
+        self.has_settled_buckets = True
 
     def compute_loss(
         self,
