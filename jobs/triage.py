@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jobs.cluster import SIGNAL_EARLY_S, SIGNAL_LEAD_S
 from training.config import SaveInterval
 from training.run_folder import RunFolder
 
@@ -41,8 +42,6 @@ TAIL_BYTES = 64 * 1024
 HEAD_BYTES = 4096
 MAX_LINE_LENGTH = 2000
 MAX_EVIDENCE_LENGTH = 300
-SIGNAL_LEAD_S = 120
-"""Time before the limit that a block cannot use: the signal comes 90 s before it, and up to 30 s earlier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,7 +394,7 @@ def time_limit_advice(timing: BlockTiming) -> str:
         return f"no step was finished within {clock(timing.limit_s)}: raise slurm.time"
     if timing.step_s is None:
         return f"only one step was logged, {clock(timing.start_s)} after the start: raise slurm.time"
-    fixed_s = timing.start_s + timing.save_s + SIGNAL_LEAD_S
+    fixed_s = timing.start_s + timing.save_s + SIGNAL_LEAD_S + SIGNAL_EARLY_S
     spent = (
         f"starting took {clock(timing.start_s)} and a step takes {timing.step_s:.3g} s"
         + (f", a save {timing.save_s:.3g} s" if timing.save_s else "")
