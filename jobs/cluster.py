@@ -84,8 +84,8 @@ class Cluster:
 
     @property
     def release(self) -> tuple[int, int]:
-        """Year and month of the release: Slurm's real version."""
-        year, month = re.findall(r"\d+", self.version)[:2]
+        """Year and month of the controller's release, else of the commands here: what Slurm calls a major version."""
+        year, month = re.findall(r"\d+", self.settings.get("SLURM_VERSION", self.version))[:2]
         return int(year), int(month)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -288,14 +289,12 @@ def requeue_finding(cluster: Cluster) -> Finding:
 
 def requeue_delay_s(cluster: Cluster) -> int:
     """How long a requeued job waits: the life of its credential and a second, or requeue_delay from 25.11 on."""
-    for word in ",".join(cluster.settings.values()).split(","):
-        if word.startswith("requeue_delay=") and cluster.release >= (25, 11):
-            return number(word.partition("=")[2])
-    for word in cluster.settings.get("AuthInfo", "").split(","):
-        if word.startswith("cred_expire="):
-            seconds = number(word.partition("=")[2])
-            return (seconds if seconds >= 5 else DEFAULT_CRED_EXPIRE_S) + 1
-    return DEFAULT_CRED_EXPIRE_S + 1
+    delay = re.search(r"\brequeue_delay=(\d+)", cluster.settings.get("SchedulerParameters", ""))
+    if delay and cluster.release >= (25, 11):
+        return int(delay[1])
+    expire = re.search(r"\bcred_expire=(\d+)", cluster.settings.get("AuthInfo", ""))
+    # Slurm takes its default in the place of a life below 5 s, without a word.
+    return (int(expire[1]) if expire and int(expire[1]) >= 5 else DEFAULT_CRED_EXPIRE_S) + 1
 
 
 def cores_finding(cluster: Cluster) -> Finding:

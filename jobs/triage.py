@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import signal
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from jobs.cluster import SIGNAL_EARLY_S, SIGNAL_LEAD_S
+from jobs.status import clock
 from training.config import SaveInterval
 from training.run_folder import RunFolder
 
@@ -105,6 +106,8 @@ class Sign:
     lines: tuple[str, ...] = ()
     """Patterns, any of which is found in a line of a log."""
 
+
+KILLED_ADVICE = "nothing says who sent it: raise slurm.mem if memory was short; segmentation faults are native bugs"
 
 # A CUDA error keeps its wording from cudaGetErrorString; tracebacks end with the exception's name at the line's start.
 # The order decides: a cause comes before what it brings about. A GPU that falls over, a full disk and a dead process
@@ -242,7 +245,7 @@ SIGNS = (
             r"^(\w+\.)*_?(Array)?MemoryError\b",
             r"Cannot allocate memory|\[Errno 12\]",
             r"can't allocate memory|std::bad_alloc",
-            r"out of shared memory",
+            r"out of shared memory|DataLoader worker .* is killed by signal: Killed",
         ),
         advice="raise slurm.mem, or lower training.arguments.dataloader_num_workers",
     ),
@@ -271,6 +274,17 @@ SIGNS = (
         ),
         advice="the path must exist on every node; ./train.sh doctor --on-node tells what a node sees",
     ),
+    # Before `lost peer`, which is what the other processes say of one that was killed.
+    Sign(
+        kind="killed by a signal",
+        action="retry",
+        max_failures=2,
+        lines=(
+            r"^srun: error: .*: tasks? .*: "
+            r"(Killed|Segmentation fault|Aborted|Bus error|Terminated|Floating point exception|Illegal instruction)",
+        ),
+        advice=KILLED_ADVICE,
+    ),
     Sign(
         kind="lost peer",
         action="retry",
@@ -286,17 +300,12 @@ SIGNS = (
         advice="another process or the network failed first: its log says why; where nothing does, name the network in "
         "slurm.setup: [export NCCL_SOCKET_IFNAME=...]",
     ),
-    # SIGKILL without a word is mostly memory, SIGSEGV native code; both can also be a user's scancel or the node.
     Sign(
         kind="killed by a signal",
         action="retry",
         max_failures=2,
         exit_codes=range(129, 129 + 64),
-        lines=(
-            r"^srun: error: .*: tasks? .*: "
-            r"(Killed|Segmentation fault|Aborted|Bus error|Terminated|Floating point exception|Illegal instruction)",
-        ),
-        advice="nothing says who sent it: raise slurm.mem if memory was short; segmentation faults are native bugs",
+        advice=KILLED_ADVICE,
     ),
 )
 UNKNOWN = Sign(
@@ -322,7 +331,7 @@ def diagnose(
     nodes in Slurm's order, `earlier` holds the kinds of failures at the same step before this one.
     """
     status = 128 - exit_code if exit_code is not None and exit_code < 0 else exit_code
-    lines = [(line, log.node) for log in logs for line in readable_lines(log.text)]
+    lines = [(line, log.node) for log in logs for line in without_echoes(readable_lines(log.text))]
     for sign in SIGNS:
         seen = evidence_of(sign, lines, status, slurm_state)
         if seen:
@@ -425,11 +434,6 @@ def save_every(seconds: float, step_s: float) -> str:
     return f"{int(seconds // 60)}m" if seconds >= 120 else str(int(seconds // step_s))
 
 
-def clock(seconds: float) -> str:
-    """Seconds as slurm.time has them."""
-    return f"{int(seconds // 3600):02d}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
-
-
 # Reading what is known of a failed job
 
 
@@ -464,6 +468,16 @@ def readable_lines(text: str) -> list[str]:
         if plain:
             lines.append(plain)
     return lines
+
+
+def without_echoes(lines: Sequence[str]) -> Iterator[str]:
+    """The lines with only the first task that srun names: the others are those that it ended because of that one."""
+    named = False
+    for line in lines:
+        is_task = re.match(r"srun: error: .*: tasks? .*: ", line) is not None
+        if not (is_task and named):
+            yield line
+        named = named or is_task
 
 
 def time_last_block(

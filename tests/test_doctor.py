@@ -112,7 +112,7 @@ def cluster(version: str, config: str, partitions: str = PARTITIONS_22_05, **kno
     return Cluster(
         version=version,
         silence=None,
-        settings=parse_settings(config),
+        settings=parse_settings(config) | {"SLURM_VERSION": version.split()[-1]},
         partitions=parse_partitions(partitions),
         **(parts | known),
     )

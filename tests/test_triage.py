@@ -46,6 +46,8 @@ QUOTED: list[tuple[str, Kind, Action]] = [
     ("slurmstepd-node1: error: StepId=1.0 exceeded memory limit (509197312 > 314572800), being killed\n"
      "srun: error: node1: task 0: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=1.0\n"
      "slurmstepd-node1: error: Exceeded job memory limit", "out of memory", "retry"),
+    # torch 2.13, whose loader's worker was killed as the kernel does it when memory is short
+    ("RuntimeError: DataLoader worker (pid 20573) is killed by signal: Killed.", "out of memory", "retry"),
     # Slurm 22.05.8 on tests/cluster: SIGKILL, SIGSEGV, a killed node, a job at its time limit
     ("srun: error: node1: task 0: Killed\nsrun: Force Terminated StepId=2.0", "killed by a signal", "retry"),
     ("srun: error: node1: task 0: Segmentation fault", "killed by a signal", "retry"),
@@ -119,6 +121,7 @@ def test_what_others_met_is_recognised(text: str, kind: Kind, action: Action) ->
     ("program", "before", "kind", "action", "evidence"),
     [
         ("bytearray(10**9)", "ulimit -v 400000", "out of memory", "retry", "MemoryError"),
+        ("import numpy; numpy.ones(10**15)", "", "out of memory", "retry", "_ArrayMemoryError: Unable to allocate"),
         ("open('/dev/full', 'wb').write(b'x' * 10**6)", "", "disk full", "halt", "[Errno 28] No space left on device"),
         ("import no_such_package", "", "import error", "halt", "No module named 'no_such_package'"),
         ("from os import no_such_name", "", "import error", "halt", "cannot import name 'no_such_name'"),
@@ -254,6 +257,14 @@ def test_srun_accuses_the_host_that_it_names_and_not_the_one_it_writes_from() ->
     assert diagnose([], slurm_state="NODE_FAIL", hosts=["node1"]).host == "node1"
 
 
+def test_the_process_that_died_first_is_the_cause_and_not_those_that_srun_ended_after_it() -> None:
+    lost = LogTail(text="RuntimeError: [/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:23441")
+    killed, left = "srun: error: node2: task 1: Killed", "srun: error: node1: task 0: Exited with exit code 1"
+    assert diagnose([LogTail(text=f"{killed}\n{left}"), lost], exit_code=137).host == "node2"
+    assert diagnose([LogTail(text=f"{killed}\n{left}"), lost], exit_code=137).kind == "killed by a signal"
+    assert diagnose([LogTail(text=f"{left}\n{killed}"), lost], exit_code=137).kind == "lost peer"
+
+
 # What a run remembers
 
 
@@ -306,8 +317,8 @@ def test_a_time_limit_without_a_checkpoint_says_what_would_fit(tmp_path: Path) -
     assert found.action == "retry"
     # (3600 - 100 - 60 - 120) / 2 = 1660 s between saves; 100 + 60 + 120 + 400 x 30 = 12280 s for the whole block.
     assert found.advice == (
-        "starting took 00:01:40 and a step takes 30 s, a save 60 s: "
-        "set training.save_every: 27m or less or slurm.time: 03:25:00 or more"
+        "starting took 0:01:40 and a step takes 30 s, a save 60 s: "
+        "set training.save_every: 27m or less or slurm.time: 3:25:00 or more"
     )
 
 
@@ -315,7 +326,7 @@ def test_a_limit_that_fits_no_step_only_wants_more_time(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").touch()
     timing = time_last_block(RunFolder(tmp_path), limit_s=600, save_interval=SaveInterval(steps=5), block_steps=None)
     assert diagnose([], slurm_state="TIMEOUT", timing=timing).advice == (
-        "no step was finished within 00:10:00: raise slurm.time"
+        "no step was finished within 0:10:00: raise slurm.time"
     )
 
 
