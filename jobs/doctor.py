@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ from jobs.cluster import (
     Cluster,
     NodeKind,
     Partition,
+    Qos,
     number,
     read_cluster,
 )
@@ -218,8 +219,11 @@ def qos_findings(cluster: Cluster) -> Iterator[Finding]:
     if not preempts_by(cluster, "qos"):
         return
     for qos in cluster.qos:
-        mode = cluster.settings["PreemptMode"] if qos.preempt_mode == "cluster" else qos.preempt_mode.upper()
-        yield preemption(f"QOS {qos.name}", "", mode, qos.grace_s, cluster)
+        yield preemption(f"QOS {qos.name}", "", preempt_mode(qos, cluster), qos.grace_s, cluster)
+
+
+def preempt_mode(qos: Qos, cluster: Cluster) -> str:
+    return cluster.settings["PreemptMode"] if qos.preempt_mode == "cluster" else qos.preempt_mode.upper()
 
 
 def preempts_by(cluster: Cluster, plugin: str) -> bool:
@@ -366,11 +370,10 @@ def submit_limit_finding(cluster: Cluster) -> Finding:
 def run_findings(config: RunConfig, cluster: Cluster, timing: BlockTiming) -> Iterator[Finding]:
     """What the cluster means for this run."""
     slurm = config.slurm
-    partitions = partitions_of(slurm, cluster)
-    for partition in partitions:
+    for partition in partitions_of(slurm, cluster):
         if partition.max_minutes is None or (slurm.time_limit_minutes or 0) <= partition.max_minutes:
             yield asked_partition_finding(slurm, partition)
-    yield save_finding(partitions, cluster, timing)
+    yield save_finding(warnings_s(slurm, cluster), timing)
     if slurm.gpu_id is not None and any(kind.gpus for kind in cluster.nodes):
         yield problem(
             "slurm.gpu_id", f"{slurm.gpu_id}, and Slurm hands out GPUs here",
@@ -400,15 +403,27 @@ def asked_partition_finding(slurm: SlurmConfig, partition: Partition) -> Finding
     return fine("slurm.time", f"{asked} min; {limit}", "a block that needs longer saves and is resumed")
 
 
-def save_finding(partitions: Sequence[Partition], cluster: Cluster, timing: BlockTiming) -> Finding:
-    """The run's slowest save and a step against the shortest warning it may get."""
+def warnings_s(slurm: SlurmConfig, cluster: Cluster) -> dict[str, int]:
+    """Every warning that a block of the run may get, in words, and its seconds until the kill."""
+    warnings = {f"the {SIGNAL_LEAD_S} s before the time limit": SIGNAL_LEAD_S}
+    preempting: list[tuple[str, int, str]] = []
+    if preempts_by(cluster, "partition_prio"):
+        preempting = [(one.name, one.grace_s, one.preempt_mode) for one in partitions_of(slurm, cluster)]
+    elif preempts_by(cluster, "qos"):
+        preempting = [
+            (one.name, one.grace_s, preempt_mode(one, cluster)) for one in cluster.qos if one.name == slurm.qos
+        ]
+    for name, grace_s, mode in preempting:
+        if mode in ("REQUEUE", "CANCEL"):
+            seconds = grace_s + cluster.kill_wait_s
+            warnings[f"the {seconds} s that {name} gives when it preempts"] = seconds
+    return warnings
+
+
+def save_finding(warnings: Mapping[str, int], timing: BlockTiming) -> Finding:
+    """The run's slowest save and a step against the shortest of these warnings, in seconds."""
     about = "saving in time"
-    windows_s = {f"the {SIGNAL_LEAD_S} s before the time limit": SIGNAL_LEAD_S}
-    for partition in partitions:
-        if preempts_by(cluster, "partition_prio") and partition.preempt_mode in ("REQUEUE", "CANCEL"):
-            window_s = partition.grace_s + cluster.kill_wait_s
-            windows_s[f"the {window_s} s that {partition.name} gives when it preempts"] = window_s
-    window, shortest_s = min(windows_s.items(), key=lambda item: item[1])
+    window, shortest_s = min(warnings.items(), key=lambda item: item[1])
     if not timing.save_s:
         return fine(about, f"no save was measured yet; {window} must do", "ask again after the first checkpoint")
     needed_s = timing.save_s + (timing.step_s or 0)

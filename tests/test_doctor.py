@@ -35,6 +35,7 @@ from jobs.doctor import (
     run_findings,
     save_finding,
     submit_limit,
+    warnings_s,
 )
 from jobs.triage import BlockTiming
 from training.config import SaveInterval
@@ -263,17 +264,19 @@ def timing(save_s: float, step_s: float | None = 2.0) -> BlockTiming:
 
 
 def test_a_save_that_takes_longer_than_the_warning_is_a_problem() -> None:
-    partitions = debian_22_05().partitions
-    assert save_finding(partitions[:1], debian_22_05(), timing(10.5)).level == "fine"
-    slow = save_finding(partitions[:1], debian_22_05(), timing(11.5))
+    preempted = warnings_s(SlurmConfig(), debian_22_05())
+    assert save_finding(preempted, timing(10.5)).level == "fine"
+    slow = save_finding(preempted, timing(11.5))
     assert slow.level == "problem"
-    assert (
-        slow.found == "a save took up to 11.5 s, a step 2 s: more than the 13 s that gpucluster gives when it preempts"
-    )
-    # Nobody preempts in `urgent`, so only the time limit counts.
-    assert save_finding(partitions[1:], debian_22_05(), timing(80)).level == "fine"
-    assert save_finding(partitions[1:], debian_22_05(), timing(95)).level == "problem"
-    assert "no save was measured yet" in save_finding(partitions, debian_22_05(), timing(0)).found
+    assert slow.found.startswith("a save took up to 11.5 s, a step 2 s: more than the 13 s that gpucluster gives")
+    assert "no save was measured yet" in save_finding(preempted, timing(0)).found
+
+
+def test_each_warning_that_a_run_may_get_counts() -> None:
+    assert sorted(warnings_s(SlurmConfig(partition="gpucluster,urgent"), debian_22_05()).values()) == [13, 90]
+    assert list(warnings_s(SlurmConfig(partition="urgent"), debian_22_05()).values()) == [90]
+    by_qos = cluster("slurm 23.02.7", CONFIG_23_02, qos=parse_qos("normal|00:00:20|cluster|"))
+    assert sorted(warnings_s(SlurmConfig(qos="normal"), by_qos).values()) == [50, 90]
 
 
 def test_a_device_picked_by_hand_fights_a_cluster_that_hands_out_gpus() -> None:
