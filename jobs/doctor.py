@@ -16,6 +16,7 @@ from typing import Literal
 
 import orjson
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jobs.cluster import (
@@ -134,13 +135,8 @@ def show_findings(findings: Sequence[Finding], console: Console) -> None:
         table.add_column(heading, overflow="fold")
     for finding in findings:
         style = LEVEL_STYLE[finding.level]
-        table.add_row(f"[{style}]{finding.level}[/]", *map(plain, (finding.about, finding.found, finding.advice)))
+        table.add_row(f"[{style}]{finding.level}[/]", *map(escape, (finding.about, finding.found, finding.advice)))
     console.print(table, highlight=False)
-
-
-def plain(text: str) -> str:
-    """Text whose square brackets are no markup."""
-    return text.replace("[", r"\[")
 
 
 # This machine
