@@ -15,6 +15,7 @@ from rich.table import Table
 
 from jobs import launch
 from jobs.config import PROJECT, resolved_values
+from jobs.doctor import run_doctor
 from jobs.job import ExitCode
 from jobs.local import AlreadyRunningError
 from jobs.plan import Plan, plan_run
@@ -37,6 +38,7 @@ USAGE = """\
 ./train.sh status [NAME]    how runs stand
 ./train.sh logs NAME        what the last job printed
 ./train.sh report NAME      report.html: curves over the whole chain, scores, settings
+./train.sh doctor [FILE]    what this cluster does to jobs, and to the run of FILE; --on-node asks a node too
 ./train.sh datasets         the datasets that come along
 
 --section.key VALUE overrides any key of FILE: --training.lr 1e-4 --dataset.data_files PATH --name NAME"""
@@ -316,6 +318,11 @@ def report_command(arguments: list[str]) -> int:
     return 0
 
 
+def doctor_command(arguments: list[str]) -> int:
+    """Say what this cluster, or this machine, will do to a run."""
+    return run_doctor(arguments, console)
+
+
 def find_run(name: str) -> RunFolder:
     """A run by name, or by the path of its folder."""
     for path in (PROJECT / "runs" / name, Path(name).resolve()):
@@ -387,6 +394,7 @@ VERBS = {
     "status": status_command,
     "logs": logs_command,
     "report": report_command,
+    "doctor": doctor_command,
     "datasets": datasets_command,
     "help": help_command,
 }
