@@ -107,7 +107,7 @@ def test_every_job_waits_for_the_one_before(waiting_partition: SlurmCluster, tmp
     checked = checked_run(tmp_path)
     plan = plan_run(checked)
     run = launch.open_run_folder(checked, plan.data_key, print)
-    jobs = launch.submit(run, checked, plan, print)
+    jobs = launch.submit(run, checked, plan, print).queued
     assert [job.kind for job in jobs] == ["prepare", "block", "block", "block", "evaluate"]
     for before, job in itertools.pairwise(jobs):
         shown = waiting_partition.run("squeue", "--noheader", f"--jobs={job.id}", "--format=%E")
@@ -132,7 +132,7 @@ def test_a_refusal_half_way_keeps_and_names_what_was_accepted(waiting_partition:
     assert "3 more needed" in str(raised.value)
 
     waiting_partition.run("scontrol", "update", "partition=gpucluster", "state=DOWN")
-    jobs = launch.submit(run, checked, plan, print)
+    jobs = launch.submit(run, checked, plan, print).queued
     assert [job.kind for job in jobs] == ["prepare", "block", "block", "block", "evaluate"]
     assert queued_names(waiting_partition) == sorted(job.name for job in jobs)
     assert jobs[2].after == accepted[1].id
