@@ -67,7 +67,8 @@ class ChainSubmission:
         """Submit what is missing of `needed`, each job after the one before; return once all may start.
 
         Raises:
-            SlurmError: a job was refused, or the controller stayed away. What was accepted is in the journal.
+            RefusedError: Slurm does not want a job; what it accepted before is released and in the journal.
+            SlurmError: the controller stayed away.
         """
         for _ in range(MAX_ROUNDS):
             jobs = self.look()
@@ -111,7 +112,7 @@ class ChainSubmission:
         if last is None or last.kind != "evaluate" or "block" not in kinds or not jobs[str(last.id)].waits:
             return False
         self.journal.record(replace(last, released=False))
-        self.tell("scontrol", "hold", str(last.id))
+        self.tell("scontrol", "uhold", str(last.id))
         return True
 
     def plan(self, kinds: list[JobKind], jobs: dict[str, QueuedJob]) -> list[ChainJob]:
@@ -221,7 +222,7 @@ class ChainSubmission:
 
     def outcome(self, queued: list[ChainJob], missing: list[JobKind]) -> Outcome:
         if self.refused is not None and not (self.refused.is_limit and queued):
-            raise SlurmError(refusal(self.refused, queued, missing))
+            raise RefusedError(refusal(self.refused, queued, missing))
         limit = str(self.refused) if self.refused is not None else None
         return Outcome(queued=queued, untouched=self.untouched, limit=limit)
 
@@ -254,5 +255,5 @@ def refusal(error: Exception, queued: list[ChainJob], missing: list[JobKind]) ->
     return (
         f"Slurm refused the next job ({missing[0]}): {error}. "
         f"{kept if queued else 'Nothing is queued'}; {len(missing)} more needed. "
-        "Run the same command again to add the rest; nothing is submitted twice."
+        "Run the file again to add the rest; nothing is submitted twice."
     )
