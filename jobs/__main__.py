@@ -119,16 +119,20 @@ def train_here(run: RunFolder, checked: CheckedRun, plan: Plan) -> int:
 
 def submit(run: RunFolder, checked: CheckedRun, plan: Plan, *, wait: bool) -> int:
     watcher = RunWatcher(run, console)
-    known = {job.id for job in launch.queued_jobs(run)}
-    jobs = launch.submit(run, checked, plan, console.print)
-    if known and known == {job.id for job in jobs}:
-        console.print(f"already queued: {', '.join(f'{job.kind} {job.id}' for job in jobs)}", highlight=False)
+    outcome = launch.submit(run, checked, plan, tell)
+    if outcome.untouched:
+        tell(f"already queued: {', '.join(f'{job.kind} {job.id}' for job in outcome.queued)}")
+    if outcome.limit:
+        tell(
+            f"Slurm takes no more jobs of yours now ({outcome.limit}): {len(outcome.queued)} of this chain are queued, "
+            "and each of them submits the next ones when it starts"
+        )
     console.print(
         f"watch it with: ./train.sh status {run.path.name}   ./train.sh logs {run.path.name}", highlight=False
     )
     if not wait:
         return 0
-    watcher.watch(lambda: not launch.queued_jobs(run))
+    watcher.watch(lambda: not launch.queued_jobs(run, tell))
     status = read_status(run)
     show_status(status, console)
     return ExitCode.DONE if status.state == "done" else 1
