@@ -16,7 +16,7 @@ from rich.table import Table
 from jobs import launch
 from jobs.config import PROJECT, resolved_values
 from jobs.doctor import run_doctor
-from jobs.job import ExitCode
+from jobs.exit_code import ExitCode
 from jobs.local import AlreadyRunningError
 from jobs.plan import Plan, plan_run
 from jobs.preflight import CheckedRun, check_run

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 
 ASK_TIMEOUT_S = 60
 
-SIGNAL_LEAD_S = 90
-"""How long before its time limit a job asks for its signal: submitit's default, which the chain keeps."""
-
 SIGNAL_EARLY_S = 30
-"""How much earlier Slurm may send it."""
+"""How much earlier than asked Slurm may send the signal before the time limit."""
 
 NODE_FORMAT = "%R|%G|%D|%c|%m"
 ASSOCIATION_FORMAT = "Account,Partition,QOS,MaxSubmit"

@@ -21,7 +21,6 @@ from rich.table import Table
 
 from jobs.cluster import (
     SIGNAL_EARLY_S,
-    SIGNAL_LEAD_S,
     Cluster,
     NodeKind,
     Partition,
@@ -97,6 +96,7 @@ def examine(
     config: RunConfig | None, file: Path | None, overrides: Sequence[str], *, on_node: bool, gpus: bool
 ) -> Iterator[Finding]:
     """Everything that can be known about this place, and about a run here where one is given."""
+    slurm = config.slurm if config else SlurmConfig()
     missing = missing_slurm()
     if missing:
         yield note("Slurm", f"no cluster: {missing}", "the chain runs on this machine, block after block, same code")
@@ -106,10 +106,9 @@ def examine(
         cluster = None
     else:
         cluster = read_cluster()
-        yield from cluster_findings(cluster)
+        yield from cluster_findings(cluster, slurm)
         if gpus:
             yield machine_finding(gpus)
-    slurm = config.slurm if config else SlurmConfig()
     runs = nearest_folder(config.folder.parent if config else PROJECT / "runs")
     if config is None:
         yield disk_finding(runs, None)
@@ -118,6 +117,7 @@ def examine(
         timing = time_last_block(
             RunFolder(config.folder),
             limit_s=60 * (slurm.time_limit_minutes or 0),
+            warning_s=slurm.warning_seconds,
             save_interval=config.training.save_interval,
             block_steps=None,
         )
@@ -179,7 +179,7 @@ def disk_finding(runs: Path, num_bytes: int | None) -> Finding:
 # The cluster
 
 
-def cluster_findings(cluster: Cluster) -> Iterator[Finding]:
+def cluster_findings(cluster: Cluster, slurm: SlurmConfig) -> Iterator[Finding]:
     """What the cluster's settings mean for a chain."""
     if cluster.silence is not None:
         yield note("Slurm", cluster.version, "settings are known once the controller answers")
@@ -191,7 +191,7 @@ def cluster_findings(cluster: Cluster) -> Iterator[Finding]:
         yield partition_finding(partition, cluster)
     yield from qos_findings(cluster)
     yield signals_finding(cluster)
-    yield time_limit_finding(cluster)
+    yield time_limit_finding(cluster, slurm.warning_seconds)
     yield requeue_finding(cluster)
     yield cores_finding(cluster)
     yield gpus_finding(cluster)
@@ -265,15 +265,15 @@ def signals_finding(cluster: Cluster) -> Finding:
     )  # fmt: skip
 
 
-def time_limit_finding(cluster: Cluster) -> Finding:
+def time_limit_finding(cluster: Cluster, warning_s: int) -> Finding:
     """What a job is told at its time limit."""
     over_min = number(cluster.settings.get("OverTimeLimit", ""))
     extra = f" ({over_min} min later, by OverTimeLimit)" if over_min else ""
     return fine(
         "time limit",
-        f"USR2 {SIGNAL_LEAD_S} s before it, or up to {SIGNAL_EARLY_S} s earlier; TERM at it{extra}, KILL "
+        f"USR2 {warning_s} s before it, or up to {SIGNAL_EARLY_S} s earlier; TERM at it{extra}, KILL "
         f"{cluster.kill_wait_s} s later",
-        f"a step and a save must fit into {SIGNAL_LEAD_S} s; what is left of slurm.time after them is not used",
+        f"a step and a save must fit into {warning_s} s; what is left of slurm.time after them is not used",
     )
 
 
@@ -401,7 +401,7 @@ def asked_partition_finding(slurm: SlurmConfig, partition: Partition) -> Finding
 
 def warnings_s(slurm: SlurmConfig, cluster: Cluster) -> dict[str, int]:
     """Every warning that a block of the run may get, in words, and its seconds until the kill."""
-    warnings = {f"the {SIGNAL_LEAD_S} s before the time limit": SIGNAL_LEAD_S}
+    warnings = {f"the {slurm.warning_seconds} s before the time limit": slurm.warning_seconds}
     preempting: list[tuple[str, int, str]] = []
     if preempts_by(cluster, "partition_prio"):
         preempting = [(one.name, one.grace_s, one.preempt_mode) for one in partitions_of(slurm, cluster)]

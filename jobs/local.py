@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TextIO
 
 from jobs.chain import JobKind
-from jobs.job import ExitCode, newest_step
+from jobs.exit_code import ExitCode
+from jobs.failures import newest_step
 from training.run_folder import RunFolder
 
 

@@ -12,6 +12,7 @@ from jobs.chain import ChainJob
 from jobs.config import SlurmConfig
 from jobs.job import ChainStep
 from jobs.queue import SILENCE, NoAnswerError, RefusedError
+from jobs.triage import hosts_to_exclude
 from mixture.whole_files import write_whole
 from training.run_folder import RunFolder
 
@@ -74,6 +75,7 @@ def sbatch_parameters(job: ChainJob, run: RunFolder, slurm: SlurmConfig) -> dict
         "account": slurm.account,
         "qos": slurm.qos,
         "constraint": slurm.constraint,
+        "exclude": excluded_hosts(run, slurm) or None,
         "job_name": job.name,
         "dependency": dependency_on(job.after) or None,
         "setup": setup_lines(run, slurm),
@@ -85,10 +87,15 @@ def sbatch_parameters(job: ChainJob, run: RunFolder, slurm: SlurmConfig) -> dict
             "requeue": True,
             "kill_on_invalid_dep": "yes",
             "chdir": str(run.code),
-            **{name.replace("-", "_"): value for name, value in slurm.extra.items()},
+            **{name.replace("-", "_"): value for name, value in slurm.extra.items() if name != "exclude"},
         },
     }
     return {name: value for name, value in options.items() if value is not None} | time_limit(slurm)
+
+
+def excluded_hosts(run: RunFolder, slurm: SlurmConfig) -> str:
+    """The hosts that the user excludes, and those that have failed this run."""
+    return ",".join(filter(None, [str(slurm.extra.get("exclude", "")), *hosts_to_exclude(run.events())]))
 
 
 def dependency_on(job_id: str | None) -> str:

@@ -12,14 +12,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from jobs.chain import Journal
 from jobs.config import read_resolved_config
+from jobs.failures import newest_step
 from jobs.launch import remaining_jobs
 from jobs.local import AlreadyRunningError, sole_owner
 from jobs.queue import RefusedError, SlurmError
 from jobs.snapshot import read_manifest
+from jobs.standstill import stands_still
 from jobs.submission import ChainSubmission, Outcome
 from mixture.prepare import PreparedData, prepared_folder
 from training.checkpoints import NoValidCheckpointError
@@ -28,7 +29,6 @@ from training.run_folder import RunFolder
 OF_THE_JOB = ("SLURM", "SUBMITIT_", "PMI")
 OF_THE_PROCESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-MAX_BLOCKS_WITHOUT_PROGRESS = 3
 PATIENCE_S = 900.0
 SECONDS_BETWEEN_TRIES = 60.0
 
@@ -72,24 +72,10 @@ def reason_to_add_nothing(run: RunFolder) -> str | None:
         return "the run was not submitted through Slurm"
     if shutil.which("sbatch") is None:
         return "this node has no sbatch; what is queued trains on, then run the file again where there is one"
-    step = step_of_standstill(run)
-    if step is not None:
-        return f"the last {MAX_BLOCKS_WITHOUT_PROGRESS} blocks all ended early at step {step}; see logs/"
+    step = newest_step(run)
+    if stands_still(run.events(), step):
+        return f"the last blocks made no new checkpoint after step {step}; see logs/"
     return None
-
-
-def step_of_standstill(run: RunFolder) -> int | None:
-    """The step at which the last blocks since the user's last word all ended, if none got any further."""
-    ends: list[dict[str, Any]] = []
-    for event in run.events():
-        if event["event"] == "started_by_user":
-            ends = []
-        elif event["event"] == "job_end" and event["kind"] == "block":
-            ends.append(event)
-    last = ends[-MAX_BLOCKS_WITHOUT_PROGRESS:]
-    stands_still = len(last) == MAX_BLOCKS_WITHOUT_PROGRESS and all(event["exit_code"] for event in last)
-    steps = {event["step"] for event in last}
-    return steps.pop() if stands_still and len(steps) == 1 else None
 
 
 def main(arguments: list[str]) -> int:

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.cluster import SIGNAL_EARLY_S, SIGNAL_LEAD_S
+from jobs.cluster import SIGNAL_EARLY_S
+from jobs.exit_code import ExitCode
 from jobs.status import clock
 from training.config import SaveInterval
 from training.run_folder import RunFolder
@@ -85,6 +86,9 @@ class BlockTiming:
     """Whether the block committed a checkpoint."""
 
     limit_s: float
+    warning_s: float
+    """How long before the limit the block is told to save."""
+
     save_interval: SaveInterval
     block_steps: int | None
 
@@ -113,23 +117,23 @@ KILLED_ADVICE = "nothing says who sent it: raise slurm.mem if memory was short; 
 # The order decides: a cause comes before what it brings about. A GPU that falls over, a full disk and a dead process
 # all end as a lost peer on the other ranks.
 SIGNS = (
-    # The three codes are our own words (ExitCode in jobs/job.py) and say that another try would end the same way.
+    # The three codes say that another try would end the same way.
     Sign(
         kind="bad settings or data",
         action="halt",
-        exit_codes=[64],
+        exit_codes=[ExitCode.BAD_INPUT],
         advice="mend the key, file or row that the message names, then run the file again",
     ),
     Sign(
         kind="loss not finite",
         action="halt",
-        exit_codes=[65],
+        exit_codes=[ExitCode.LOSS_NOT_FINITE],
         advice="lower training.lr, lengthen training.warmup or set model.dtype: float32, under another --name",
     ),
     Sign(
         kind="no valid checkpoint",
         action="halt",
-        exit_codes=[76],
+        exit_codes=[ExitCode.NO_VALID_CHECKPOINT],
         advice="restore a checkpoint of checkpoints/ from a backup, or move them away to train from the start",
     ),
     # Slurm requeues the job itself, and gives no work to a node that is down; twice on one host is a bad host.
@@ -403,7 +407,7 @@ def time_limit_advice(timing: BlockTiming) -> str:
         return f"no step was finished within {clock(timing.limit_s)}: raise slurm.time"
     if timing.step_s is None:
         return f"only one step was logged, {clock(timing.start_s)} after the start: raise slurm.time"
-    fixed_s = timing.start_s + timing.save_s + SIGNAL_LEAD_S + SIGNAL_EARLY_S
+    fixed_s = timing.start_s + timing.save_s + timing.warning_s + SIGNAL_EARLY_S
     spent = (
         f"starting took {clock(timing.start_s)} and a step takes {timing.step_s:.3g} s"
         + (f", a save {timing.save_s:.3g} s" if timing.save_s else "")
@@ -481,7 +485,7 @@ def without_echoes(lines: Sequence[str]) -> Iterator[str]:
 
 
 def time_last_block(
-    run: RunFolder, *, limit_s: float, save_interval: SaveInterval, block_steps: int | None
+    run: RunFolder, *, limit_s: float, warning_s: float, save_interval: SaveInterval, block_steps: int | None
 ) -> BlockTiming:
     """How the run's last block spent its time, from its events and metrics."""
     events = list(run.events())
@@ -498,6 +502,7 @@ def time_last_block(
         save_s=max((save["seconds"] for save in saves), default=0.0),
         saved=any(save["time"] >= started_s for save in saves),
         limit_s=limit_s,
+        warning_s=warning_s,
         save_interval=save_interval,
         block_steps=block_steps,
     )

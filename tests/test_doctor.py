@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ import pytest
 
 from jobs import doctor
 from jobs.cluster import (
-    SIGNAL_LEAD_S,
     Association,
     Cluster,
     NodeKind,
@@ -123,6 +122,11 @@ def debian_22_05(**known: Any) -> Cluster:
     return cluster("slurm-wlm 22.05.8", CONFIG_22_05, **known)
 
 
+def findings_of(cluster: Cluster) -> Iterator[Finding]:
+    """For jobs with default settings."""
+    return cluster_findings(cluster, SlurmConfig())
+
+
 def finding(findings: Any, about: str) -> Finding:
     (one,) = [found for found in findings if found.about == about]
     return one
@@ -176,23 +180,23 @@ def test_limits_are_read_as_sacctmgr_prints_them() -> None:
 
 
 def test_a_preempting_partition_tells_its_real_warning() -> None:
-    found = finding(cluster_findings(debian_22_05()), "partition gpucluster (default)")
+    found = finding(findings_of(debian_22_05()), "partition gpucluster (default)")
     assert found.level == "note"
     assert "at least 13 s from the warning to the kill (grace 10 s, often some more, then KillWait 3 s)" in found.found
-    assert "not preempted" in finding(cluster_findings(debian_22_05()), "partition urgent").found
+    assert "not preempted" in finding(findings_of(debian_22_05()), "partition urgent").found
 
 
 def test_the_option_for_the_own_signal_is_found_under_both_its_names() -> None:
-    assert "USR2 first (preempt_send_user_signal)" in finding(cluster_findings(debian_22_05()), "signals").found
+    assert "USR2 first (preempt_send_user_signal)" in finding(findings_of(debian_22_05()), "signals").found
     renamed = cluster("slurm 23.02.7", CONFIG_23_02)
-    assert "USR2 first (send_user_signal)" in finding(cluster_findings(renamed), "signals").found
+    assert "USR2 first (send_user_signal)" in finding(findings_of(renamed), "signals").found
     unset = cluster("slurm 25.11.4", CONFIG_25_11)
-    assert "get TERM" in finding(cluster_findings(unset), "signals").found
+    assert "get TERM" in finding(findings_of(unset), "signals").found
 
 
 def test_preemption_by_qos_takes_the_grace_of_the_qos() -> None:
     qos = parse_qos("normal|00:02:00|cluster|\nscavenger|00:00:00|cancel|\nfrozen|00:00:00|suspend|")
-    findings = list(cluster_findings(cluster("slurm 23.02.7", CONFIG_23_02, qos=qos)))
+    findings = list(findings_of(cluster("slurm 23.02.7", CONFIG_23_02, qos=qos)))
     assert "at least 150 s" in finding(findings, "QOS normal").found
     assert finding(findings, "QOS normal").level == "fine"
     assert (
@@ -209,7 +213,7 @@ def test_preemption_by_qos_takes_the_grace_of_the_qos() -> None:
      (CONFIG_25_11.replace("cred_expire=60", "cred_expire=3"), "slurm 25.05.1", 121)],
 )  # fmt: skip
 def test_the_delay_of_a_requeued_job_is_known(config: str, version: str, delay_s: int) -> None:
-    found = finding(cluster_findings(cluster(version, config)), "requeue")
+    found = finding(findings_of(cluster(version, config)), "requeue")
     assert f"after {delay_s} s" in found.found
     assert found.level == ("note" if "JobRequeue              = 0" in config else "fine")
 
@@ -219,19 +223,19 @@ def test_the_delay_of_a_requeued_job_is_known(config: str, version: str, delay_s
     [("slurm 21.08.5", "fine"), ("slurm-wlm 22.05.8", "note"), ("slurm 23.02.7", "note"), ("slurm 23.11.4", "fine")],
 )
 def test_srun_forgets_the_cores_of_a_job_in_some_versions_only(version: str, level: str) -> None:
-    assert finding(cluster_findings(cluster(version, CONFIG_22_05)), "cores").level == level
+    assert finding(findings_of(cluster(version, CONFIG_22_05)), "cores").level == level
 
 
 def test_time_limit_accounting_and_binding_are_told() -> None:
-    findings = list(cluster_findings(cluster("slurm 23.02.7", CONFIG_23_02)))
+    findings = list(findings_of(cluster("slurm 23.02.7", CONFIG_23_02)))
     limit = finding(findings, "time limit").found
     assert (
         limit
-        == "USR2 90 s before it, or up to 30 s earlier; TERM at it (5 min later, by OverTimeLimit), KILL 30 s later"
+        == "USR2 120 s before it, or up to 30 s earlier; TERM at it (5 min later, by OverTimeLimit), KILL 30 s later"
     )
     assert finding(findings, "accounting").found == "off: sacct knows nothing, squeue knows ended jobs for 300 s"
     assert finding(findings, "GPUs").found.endswith("a job sees only its own, numbered from 0 (ConstrainDevices)")
-    newest = list(cluster_findings(cluster("slurm 25.11.4", CONFIG_25_11, PARTITIONS_25_11, nodes=[])))
+    newest = list(findings_of(cluster("slurm 25.11.4", CONFIG_25_11, PARTITIONS_25_11, nodes=[])))
     assert finding(newest, "accounting").level == "note"
     assert finding(newest, "GPUs").found == "Slurm hands out none (no gres/gpu)"
     assert finding(newest, "partition cpu (default)").found == "up to 10080 min; it is DRAIN"
@@ -239,14 +243,8 @@ def test_time_limit_accounting_and_binding_are_told() -> None:
 
 def test_a_partition_of_several_gpu_types_is_told() -> None:
     nodes = parse_nodes("main|gpu:a100:4|2|64|512000\nmain|gpu:h100:8|1|96|1024000\nother|gpu:2|1|8|8000")
-    found = finding(cluster_findings(debian_22_05(nodes=nodes)), "GPUs")
+    found = finding(findings_of(debian_22_05(nodes=nodes)), "GPUs")
     assert found.level == "note" and found.advice.startswith("main: a chain that changes the type")
-
-
-def test_the_signal_comes_when_submitit_asks_for_it() -> None:
-    from submitit.slurm.slurm import _make_sbatch_string
-
-    assert inspect.signature(_make_sbatch_string).parameters["signal_delay_s"].default == SIGNAL_LEAD_S
 
 
 # A run on a cluster
@@ -259,7 +257,14 @@ def run_config(*overrides: str) -> RunConfig:
 def timing(save_s: float, step_s: float | None = 2.0) -> BlockTiming:
     interval = SaveInterval()
     return BlockTiming(
-        start_s=10, step_s=step_s, save_s=save_s, saved=True, limit_s=3600, save_interval=interval, block_steps=None
+        start_s=10,
+        step_s=step_s,
+        save_s=save_s,
+        saved=True,
+        limit_s=3600,
+        warning_s=120,
+        save_interval=interval,
+        block_steps=None,
     )
 
 
@@ -273,8 +278,8 @@ def test_a_save_that_takes_longer_than_the_warning_is_a_problem() -> None:
 
 
 def test_each_warning_that_a_run_may_get_counts() -> None:
-    assert sorted(warnings_s(SlurmConfig(partition="gpucluster,urgent"), debian_22_05()).values()) == [13, 90]
-    assert list(warnings_s(SlurmConfig(partition="urgent"), debian_22_05()).values()) == [90]
+    assert sorted(warnings_s(SlurmConfig(partition="gpucluster,urgent"), debian_22_05()).values()) == [13, 120]
+    assert list(warnings_s(SlurmConfig(partition="urgent"), debian_22_05()).values()) == [120]
     by_qos = cluster("slurm 23.02.7", CONFIG_23_02, qos=parse_qos("normal|00:00:20|cluster|"))
     assert sorted(warnings_s(SlurmConfig(qos="normal"), by_qos).values()) == [50, 90]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.top_up import outside_of_job, reason_to_add_nothing, step_of_standstill
+from jobs.top_up import outside_of_job, reason_to_add_nothing
 from training.run_folder import RunFolder
 
 
@@ -33,11 +33,12 @@ def test_a_node_without_sbatch_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     assert "this node has no sbatch" in str(reason_to_add_nothing(run))
 
 
-def test_blocks_that_end_early_without_getting_further_are_not_added_for_ever(tmp_path: Path) -> None:
+def test_blocks_that_get_no_further_are_not_added_for_ever(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    for step in (4, 8, 8, 8):
-        assert step_of_standstill(run) is None
-        run.record_event("job_end", kind="block", exit_code=75, step=step)
-    assert step_of_standstill(run) == 8
+    run.chain.write_text("{}")
+    for _ in range(2):
+        assert "no new checkpoint" not in str(reason_to_add_nothing(run))
+        run.record_event("job_start", kind="block", step=0)
+    assert reason_to_add_nothing(run) == "the last blocks made no new checkpoint after step 0; see logs/"
     run.record_event("started_by_user")
-    assert step_of_standstill(run) is None
+    assert "no new checkpoint" not in str(reason_to_add_nothing(run))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from jobs.job import ExitCode
+from jobs.exit_code import ExitCode
 from jobs.triage import (
     SIGNS,
     TAIL_BYTES,
@@ -307,7 +307,7 @@ def timed_block(folder: Path, *, save_interval: SaveInterval, block_steps: int |
     append_line(folder / "events.jsonl", {"time": 1000.0, "event": "job_start", "kind": "block"})
     for step, time in ((20, 500.0), (21, 1100.0), (31, 1400.0), (111, 3800.0)):
         append_line(folder / "metrics.jsonl", {"time": time, "step": step})
-    return time_last_block(run, limit_s=3600, save_interval=save_interval, block_steps=block_steps)
+    return time_last_block(run, limit_s=3600, warning_s=90, save_interval=save_interval, block_steps=block_steps)
 
 
 def test_a_time_limit_without_a_checkpoint_says_what_would_fit(tmp_path: Path) -> None:
@@ -324,7 +324,9 @@ def test_a_time_limit_without_a_checkpoint_says_what_would_fit(tmp_path: Path) -
 
 def test_a_limit_that_fits_no_step_only_wants_more_time(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").touch()
-    timing = time_last_block(RunFolder(tmp_path), limit_s=600, save_interval=SaveInterval(steps=5), block_steps=None)
+    timing = time_last_block(
+        RunFolder(tmp_path), limit_s=600, warning_s=90, save_interval=SaveInterval(steps=5), block_steps=None
+    )
     assert diagnose([], slurm_state="TIMEOUT", timing=timing).advice == (
         "no step was finished within 0:10:00: raise slurm.time"
     )
@@ -333,5 +335,7 @@ def test_a_limit_that_fits_no_step_only_wants_more_time(tmp_path: Path) -> None:
 def test_a_block_that_saved_before_its_limit_is_nothing_to_worry_about(tmp_path: Path) -> None:
     timed_block(tmp_path, save_interval=SaveInterval())
     append_line(tmp_path / "events.jsonl", {"time": 2000.0, "event": "checkpoint", "seconds": 50.0})
-    timing = time_last_block(RunFolder(tmp_path), limit_s=3600, save_interval=SaveInterval(), block_steps=400)
+    timing = time_last_block(
+        RunFolder(tmp_path), limit_s=3600, warning_s=90, save_interval=SaveInterval(), block_steps=400
+    )
     assert "goes on from there" in diagnose([], slurm_state="TIMEOUT", timing=timing).advice
