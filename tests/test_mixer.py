@@ -316,6 +316,23 @@ def test_a_changed_recipe_replaces_what_its_folder_held(kitchen: Kitchen) -> Non
     assert again.folder == out
 
 
+def test_a_folder_whose_old_mixture_was_only_half_removed_is_not_taken_for_somebody_elses(
+    kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(file: Path, missing_ok: bool = False) -> None:
+        if file.name == "mixture.lock.json":
+            raise KeyboardInterrupt
+        unlink(file, missing_ok=missing_ok)
+
+    unlink = Path.unlink
+    out = f"output_dir: {kitchen.folder / 'out'}\n"
+    kitchen.mix(CATEGORIES + out)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", interrupted)
+        kitchen.mix(TOY + out)
+    assert len(rows_of(kitchen.mix(TOY + out))) == 400
+
+
 # --- the lock file
 
 
