@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dataset_hub import played_hub
+from dataset_hub import Fault, played_hub
 from mixture_sources import chat_row, code_row, question_row, write_rows
 
 from mixture import scan, scatter
@@ -287,6 +287,32 @@ def test_killed_at_random_moments_it_ends_with_the_bytes_of_an_unbroken_run(
     assert first.keys() == second.keys()
     for name in first:
         assert first[name].replace(b"/whole/", b"/killed/") == second[name], name
+
+
+def test_killed_while_it_fetches_it_asks_for_no_file_again_that_it_had(
+    kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = "total: 200\ndatasets: [{name: far, mix_ratio: 1, hub: org/far, file: [a.jsonl, b.jsonl]}]"
+    data = kitchen.folder / "data"
+    with played_hub(kitchen.folder / "hub", monkeypatch, kitchen.folder / "cache") as hub:
+        for name, numbers in (("a", range(100)), ("b", range(100, 400))):
+            rows = "".join(json.dumps(code_row(number)) + "\n" for number in numbers)
+            hub.write(f"org/far/{name}.jsonl", rows)
+        hub.faults = [Fault("b.jsonl", 503, times=10**6)]
+        mixture = read_mixture(kitchen.recipe(recipe))
+        process = multiprocessing.get_context("fork").Process(target=run_mixture, args=(mixture, data, str))
+        process.start()
+        while not list(data.glob("sources/*/part-00000.jsonl")):
+            assert process.is_alive()
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+        hub.faults.clear()
+        hub.asked_for.clear()
+        again = kitchen.mix(recipe)
+        assert hub.downloads() and all("b.jsonl" in line for line in hub.downloads())
+        unbroken = kitchen.mix(recipe, "whole")
+    assert rows_of(again) == rows_of(unbroken)
 
 
 def files_below(folder: Path) -> int:
