@@ -177,11 +177,27 @@ def plan_command(arguments: list[str]) -> int:
 
 def prepare_command(arguments: list[str]) -> int:
     """Make the training data of a run, or a mixture from its recipe, here."""
-    if arguments and is_recipe(Path(arguments[0])):
-        return prepare_mixture(arguments)
+    options, overrides = prepare_parser().parse_known_args(arguments)
+    if is_recipe(options.file):
+        return prepare_mixture(options, overrides)
     _, checked = parse_and_check(verb_parser("prepare", "make the training data here and now"), arguments)
     prepare_data(checked)
     return 0
+
+
+def prepare_parser() -> argparse.ArgumentParser:
+    """What `prepare` understands; all but the file is for mixtures."""
+    parser = verb_parser("prepare", "make the training data of a run, or a mixture of many sources, here and now")
+    mixture = parser.add_argument_group("of a mixture")
+    add = mixture.add_argument
+    add("--dry-run", action="store_true", help="show counts, epochs, download and disk; fetch nothing")
+    add("--dataset", metavar="NAME", help="only this source of the recipe, with the rows that it has in the whole")
+    add("--total-samples", type=int, metavar="ROWS", help="rows of the whole mixture")
+    add("--output-dir", type=Path, metavar="DIR", help="where the mixture goes (default: data/mixtures/KEY)")
+    add("--data-dir", type=Path, default=PROJECT / "data", metavar="DIR", help="where sources and mixtures are kept")
+    add("--frozen", type=Path, metavar="LOCK", help="a mixture.lock.json to be met in every source and count")
+    add("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    return parser
 
 
 def is_recipe(file: Path) -> bool:
@@ -189,19 +205,10 @@ def is_recipe(file: Path) -> bool:
     return file.is_file() and "datasets" in read_config_file(file).values
 
 
-def prepare_mixture(arguments: list[str]) -> int:
+def prepare_mixture(options: argparse.Namespace, rest: list[str]) -> int:
     """Plan a mixture, and make it unless only the plan is asked for."""
     from mixture.mixer import run_mixture  # reading rows needs imports that no other verb waits for
 
-    parser = verb_parser("prepare", "mix many sources into one training set")
-    parser.add_argument("--dry-run", action="store_true", help="show counts, epochs, download and disk; fetch nothing")
-    parser.add_argument("--dataset", help="only this source of the recipe")
-    parser.add_argument("--total-samples", type=int, help="rows of the mixture")
-    parser.add_argument("--output-dir", type=Path, help="where the mixture goes (default: data/mixtures/KEY)")
-    parser.add_argument("--data-dir", type=Path, default=PROJECT / "data", help="where sources and mixtures are kept")
-    parser.add_argument("--frozen", type=Path, help="a mixture.lock.json that must be met in every source and count")
-    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
-    options, rest = parser.parse_known_args(arguments)
     overrides = read_overrides(rest)
     if options.total_samples is not None:
         overrides.append((("total_samples",), options.total_samples))
