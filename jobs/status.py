@@ -12,8 +12,20 @@ from rich.table import Table
 
 from jobs.chain import Journal
 from jobs.queue import QueuedJob, SlurmError, live_jobs
-from training.checkpoints import NoValidCheckpointError, newest_valid
+from training.checkpoints import Checkpoint, NoValidCheckpointError, newest_valid
 from training.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrongEpoch:
+    """An epoch that ended without every row once."""
+
+    epoch: int
+    """Counted from 1."""
+
+    rows_counted: int
+    rows_expected: int
+    what: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +49,12 @@ class RunStatus:
     checkpoint: str | None
     passed_over: list[str]
     """Newer checkpoints that are not whole, and why."""
+
+    whole_epochs: int
+    """Epochs up to that checkpoint in which every row was trained on exactly once."""
+
+    wrong_epochs: list[WrongEpoch]
+    """Epochs up to that checkpoint in which it was not."""
 
     jobs: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
@@ -65,6 +83,8 @@ def read_status(run: RunFolder) -> RunStatus:
         seconds_left=seconds_left(metrics, horizon) if state == "running" else None,
         checkpoint=checkpoint.path.name if checkpoint else None,
         passed_over=passed_over,
+        whole_epochs=checkpoint.whole_epochs if checkpoint else 0,
+        wrong_epochs=wrong_epochs(checkpoint) if checkpoint else [],
         jobs=jobs,
         evaluation=read_evaluation(run),
     )
@@ -80,11 +100,25 @@ def ask_slurm(run: RunFolder) -> tuple[list[QueuedJob], str | None]:
         return [], str(error)
 
 
-def newest_checkpoint(run: RunFolder) -> tuple[Any, list[str]]:
+def newest_checkpoint(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
     try:
         return newest_valid(run.checkpoints)
     except NoValidCheckpointError as error:
         return None, str(error).splitlines()
+
+
+def wrong_epochs(checkpoint: Checkpoint) -> list[WrongEpoch]:
+    """What the checkpoint's ledger says against the chain."""
+    ledger = checkpoint.ledger
+    return [
+        WrongEpoch(
+            epoch=wrong.epoch + 1,
+            rows_counted=wrong.rows,
+            rows_expected=ledger.rows_per_epoch,
+            what=ledger.describe(wrong),
+        )
+        for wrong in checkpoint.wrong_epochs
+    ]
 
 
 def job_table(run: RunFolder, queued: list[QueuedJob]) -> list[dict[str, Any]]:
@@ -163,6 +197,10 @@ def show_status(status: RunStatus, console: Console) -> None:
     console.print(f"  newest valid checkpoint: {status.checkpoint or 'none yet'}", highlight=False)
     for reason in status.passed_over:
         console.print(f"  not valid: {reason}", highlight=False)
+    if status.whole_epochs:
+        console.print(f"  every row trained on exactly once in {status.whole_epochs} epochs", highlight=False)
+    for wrong in status.wrong_epochs:
+        console.print(f"  [red]wrong rows[/]: {wrong.what}", highlight=False)
     if status.jobs:
         table = Table(box=None, padding=(0, 2))
         for heading in ("job", "id", "state", "node", "time", "step", ""):

@@ -17,6 +17,8 @@ from typing import Any
 
 import orjson
 
+from training.ledger import EpochRows, Ledger
+
 MARKER = "marker.json"
 MIN_KEPT = 2
 
@@ -69,6 +71,22 @@ class Progress:
     """Of the next optimizer step."""
 
     terms: ResumeTerms
+    ledger: Ledger
+    """The rows that were trained on, exactly as old as the weights."""
+
+    @property
+    def finished_epochs(self) -> int:
+        return int(self.epoch)
+
+    @property
+    def whole_epochs(self) -> int:
+        """The epochs that have ended and had every row exactly once."""
+        return self.finished_epochs - len(self.wrong_epochs)
+
+    @property
+    def wrong_epochs(self) -> list[EpochRows]:
+        """The epochs that have ended and had not."""
+        return self.ledger.wrong_epochs(self.finished_epochs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +134,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         files: dict[str, int] = marker.pop("files")
         checkpoint = Checkpoint(
-            path=path, num_bytes=sum(files.values()), terms=ResumeTerms(**marker.pop("terms")), **marker
+            path=path,
+            num_bytes=sum(files.values()),
+            terms=ResumeTerms(**marker.pop("terms")),
+            ledger=Ledger.of_json(marker.pop("ledger")),
+            **marker,
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{MARKER} lacks what this version needs: {error}") from error

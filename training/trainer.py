@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,19 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from training import checkpoints
-from training.batches import Batch, BlockSampler, ComputeLoss, PackedDataset, collate
+from training.batches import (
+    ROW_NUMBERS,
+    Batch,
+    BlockSampler,
+    ComputeLoss,
+    NumberedPacks,
+    PackedDataset,
+    collate_numbered,
+)
 from training.checkpoints import Checkpoint, Progress, ResumeTerms
 from training.config import SaveInterval, TrainingConfig
-from training.distributed import Ranks, agree_on_any, failing_together, from_main
+from training.distributed import Ranks, agree_on_any, failing_together, from_main, gather_on_all
+from training.ledger import Ledger, RowCounter, refuse_wrong_rows
 from training.run import NonFiniteLossError
 from training.run_folder import RunFolder
 from training.schedule import Horizon, learning_rate
@@ -105,6 +115,16 @@ class BlockSchedule(TrainerCallback):
         self.saved_at_s = time.monotonic()
 
 
+@dataclass
+class CountRows(TrainerCallback):
+    """Has the rows of an optimizer step counted once it is completed."""
+
+    rows: RowCounter
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.rows.complete_step()
+
+
 class BlockTrainer(Trainer):
     """transformers.Trainer for one block. Call `train_block`."""
 
@@ -133,6 +153,8 @@ class BlockTrainer(Trainer):
         self.ranks = ranks
         self.start = start
         self.checkpoint = start
+        self.ledger = start.ledger if start else Ledger(rows_per_epoch=len(rows))
+        self.counter = RowCounter()
         self.uncounted_tokens = 0
         self.logged_tokens = 0
         self.logged_at_s: float | None = None
@@ -143,7 +165,13 @@ class BlockTrainer(Trainer):
             log_every=config.log_every,
             stop_requested=stop_requested,
         )
-        super().__init__(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[schedule])
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=collate_numbered,
+            callbacks=[CountRows(self.counter), schedule],
+        )
         self.remove_callback(PrinterCallback)
         # Have the supervised tokens of an optimizer step counted, over micro-batches and ranks.
         self.model_accepts_loss_kwargs = True
@@ -175,9 +203,9 @@ class BlockTrainer(Trainer):
             stages=self.train_dataset.packs.stages.tolist(),
         )
         return DataLoader(
-            self.train_dataset,
+            NumberedPacks(self.train_dataset),
             batch_sampler=sampler,  # type: ignore[arg-type]  # arrays of row numbers, which are sequences of them
-            collate_fn=collate,
+            collate_fn=collate_numbered,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=self.args.dataloader_persistent_workers,
@@ -193,6 +221,8 @@ class BlockTrainer(Trainer):
             self.logged_tokens, self.logged_at_s = self.state.num_input_tokens_seen, time.monotonic()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.uncounted_tokens += sum(batch["input_ids"].numel() for batch in batches)
+        epoch = self.state.global_step // self.horizon.steps_per_epoch
+        self.counter.begin_step(epoch, [batch.pop(ROW_NUMBERS) for batch in batches])
         return batches, num_items
 
     def compute_loss(
@@ -281,6 +311,7 @@ class BlockTrainer(Trainer):
         step = self.state.global_step
         temporary = from_main(checkpoints.temporary_folder(folder, step, f"{os.uname().nodename}-{os.getpid()}"))
         self.count_tokens()
+        self.ledger = self.ledger.adding(chain.from_iterable(gather_on_all(self.counter.take())))
         try:
             with failing_together():
                 self.write_state(temporary)
@@ -307,7 +338,25 @@ class BlockTrainer(Trainer):
                 seconds=round(time.monotonic() - started_s, 3),
                 num_bytes=self.checkpoint.num_bytes,
                 path=self.checkpoint.path.name,
+                whole_epochs=self.checkpoint.whole_epochs,
             )
+        self.refuse_new_wrong_epochs(self.checkpoint)
+
+    def refuse_new_wrong_epochs(self, checkpoint: Checkpoint) -> None:
+        """Raise WrongRowsError where an epoch of this block ended without every row once; earlier blocks told theirs.
+
+        The checkpoint is committed already: it holds the evidence, and the user may decide to go on with it.
+        """
+        known = self.start.wrong_epochs if self.start else []
+        wrong = [epoch for epoch in checkpoint.wrong_epochs if epoch not in known]
+        if wrong and self.ranks.is_main:
+            self.folder.record_event(
+                "wrong_rows",
+                step=checkpoint.step,
+                rows_per_epoch=self.ledger.rows_per_epoch,
+                epochs=[{"epoch": epoch.epoch + 1, "rows": epoch.rows} for epoch in wrong],
+            )
+        refuse_wrong_rows(self.ledger, wrong)
 
     def write_state(self, folder: Path) -> None:
         """All that the next block needs: weights, optimizer, schedule, random states of every rank, position."""
@@ -333,6 +382,7 @@ class BlockTrainer(Trainer):
             samples=epoch * rows + min(step_in_epoch * rows_per_step, rows),
             learning_rate=self.learning_rate(step, peak=self.config.lr),
             terms=self.terms,
+            ledger=self.ledger,
         )
 
     def estimated_bytes(self) -> int:
