@@ -349,7 +349,7 @@ def show_plan(checked: CheckedRun, plan: Plan) -> None:
     show_notes(checked)
     where = "Slurm" if checked.cluster == "slurm" else "this machine"
     console.print(
-        f"run {checked.config.name} on {where}: {training.total_jobs} blocks of {training.epochs_per_job} epochs, "
+        f"run {checked.config.name} on {where}: {training.num_jobs} blocks of {training.epochs_per_job} epochs, "
         f"{plan.rows_per_step} rows a step ({training.batch_size} per device x {training.gradient_accumulation} "
         f"accumulated x {checked.world_size} processes)",
         highlight=False,

@@ -22,6 +22,7 @@ from mixture.whole_files import write_whole
 from training.checkpoints import NoValidCheckpointError, newest_valid
 from training.run import FinetuningRun, NonFiniteLossError
 from training.run_folder import RunFolder
+from training.schedule import Horizon
 
 
 class ExitCode(IntEnum):
@@ -181,7 +182,7 @@ def evaluate_run(context: JobContext) -> int:
     """Score the trained model, and mark the run as done."""
     import finetuning
 
-    if not training_finished(context.run):
+    if not training_finished(context):
         print("error: training has not reached its end; run the file again to go on", file=sys.stderr)
         return ExitCode.STOPPED_EARLY
     finetuning.evaluate(finetuning_run(context))
@@ -207,10 +208,11 @@ def finetuning_run(context: JobContext) -> FinetuningRun:
     )
 
 
-def training_finished(run: RunFolder) -> bool:
-    """Whether the newest valid checkpoint is the end of the horizon."""
-    checkpoint, _ = newest_valid(run.checkpoints)
-    return checkpoint is not None and checkpoint.step >= checkpoint.terms.horizon_steps
+def training_finished(context: JobContext) -> bool:
+    """Whether the newest valid checkpoint is the end of the horizon, which may have been extended since."""
+    checkpoint, _ = newest_valid(context.run.checkpoints)
+    training = context.config.training
+    return checkpoint is not None and checkpoint.step >= Horizon.of_chain(training, checkpoint).total_steps
 
 
 def newest_step(run: RunFolder) -> int:

@@ -21,6 +21,7 @@ from settings.typed import changed_keys
 from settings.yaml_tree import ConfigError, Problem, read_config_file
 from training.checkpoints import newest_valid
 from training.run_folder import RunFolder
+from training.schedule import Horizon
 
 CHANGEABLE = ("slurm.partition", "slurm.time", "slurm.cpus_per_task", "slurm.mem", "slurm.account", "slurm.qos",
               "slurm.constraint", "slurm.gpu_id", "slurm.setup", "slurm.extra", "cluster")  # fmt: skip
@@ -106,10 +107,10 @@ def compare_with_stored(run: RunFolder, checked: CheckedRun, data_key: str) -> N
 def remaining_jobs(run: RunFolder, checked: CheckedRun, plan: Plan) -> list[JobKind]:
     """The jobs that finish the run from where it stands."""
     checkpoint, _ = newest_valid(run.checkpoints)
-    blocks_left = checked.config.training.total_jobs
+    training = checked.config.training
+    blocks_left = training.num_jobs
     if checkpoint is not None:
-        blocks_done = checkpoint.step * blocks_left // checkpoint.terms.horizon_steps
-        blocks_left -= blocks_done
+        blocks_left -= checkpoint.step // Horizon.of_chain(training, checkpoint).block_steps
     return jobs_needed(prepared=plan.prepared is not None, blocks_left=blocks_left, evaluated=run.done.exists())
 
 

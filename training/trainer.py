@@ -36,7 +36,7 @@ from training.distributed import Ranks, agree_on_any, failing_together, from_mai
 from training.ledger import Ledger, RowCounter, refuse_wrong_rows
 from training.run import NonFiniteLossError
 from training.run_folder import RunFolder
-from training.schedule import Horizon, learning_rate
+from training.schedule import Horizon, chain_learning_rate
 
 
 def training_arguments(
@@ -244,14 +244,21 @@ class BlockTrainer(Trainer):
         return self.lr_scheduler
 
     def learning_rate(self, step: int, *, peak: float) -> float:
-        total_steps = self.horizon.total_steps
-        return learning_rate(
-            step,
-            peak=peak,
-            schedule=self.config.lr_scheduler,
-            warmup_steps=self.config.warmup_steps(total_steps),
-            total_steps=total_steps,
-        )
+        return chain_learning_rate(step, peak=peak, training=self.config, horizon=self.horizon)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both; the rate of the next step is computed anew, as an extension may have changed it since."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        assert self.lr_scheduler is not None
+        schedule = self.lr_scheduler.state_dict()
+        # Not the optimizer steps: float16's scaler skips some of them, and the schedule with them.
+        factor = self.learning_rate(schedule["last_epoch"], peak=1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.lr_scheduler.load_state_dict({**schedule, "_last_lr": rates})
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Not counted: transformers would walk over all parameters at every micro-batch."""
