@@ -18,6 +18,7 @@ from jobs.report import write_report
 from jobs.snapshot import in_snapshot, read_manifest
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparedData, prepare, prepared_folder
+from mixture.recipe import Mixture
 from mixture.whole_files import write_whole
 from training.checkpoints import NoValidCheckpointError, newest_valid
 from training.run import FinetuningRun, NonFiniteLossError
@@ -143,23 +144,30 @@ def existing_folder(folder: Path, otherwise: Path) -> Path:
 
 def prepare_data(context: JobContext) -> int:
     """Prepare the data, unless another run has done so already."""
-    folder = Path(context.mixture["folder"]) if context.mixture else None
-    if context.mixture:
-        make_mixture(context, context.mixture)
-    request = preparation_request(context.config, context.module, folder)
+    mixture = stored_mixture(context)
+    if mixture:
+        make_mixture(context, mixture)
+    request = preparation_request(context.config, context.module, mixture.output_dir if mixture else None)
     prepare(request, context.config.data_folder, report)
     return ExitCode.DONE
 
 
-def make_mixture(context: JobContext, facts: dict[str, str]) -> None:
-    """Mix what the run trains on, from the recipe in the snapshot, unless it is there already."""
+def stored_mixture(context: JobContext) -> Mixture | None:
+    """The mixture that the run trains on, from the recipe in the snapshot; None where it trains on one module."""
+    if not context.mixture:
+        return None
     from jobs.mixing import mixture_of
-    from mixture.mixer import run_mixture
 
-    dataset = context.config.dataset
+    facts, dataset = context.mixture, context.config.dataset
     mixture = mixture_of(replace(dataset, mixture=facts["recipe"] or None), seed=context.config.seed)
     assert mixture is not None
-    mixture = replace(mixture, folder=Path(facts["relative_to"]), output_dir=Path(facts["folder"]))
+    return replace(mixture, folder=Path(facts["relative_to"]), output_dir=Path(facts["folder"]))
+
+
+def make_mixture(context: JobContext, mixture: Mixture) -> None:
+    """Mix what the run trains on, unless it is there already."""
+    from mixture.mixer import run_mixture
+
     run_mixture(mixture, context.config.data_folder, report)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from jobs.chain import ChainJob, JobKind, Journal, jobs_needed
-from jobs.config import PROJECT, resolved_values
+from jobs.config import PROJECT, RunConfig, resolved_values
 from jobs.local import run_chain_here, sole_owner
 from jobs.plan import Plan
 from jobs.preflight import CheckedRun
@@ -49,7 +49,7 @@ def create_run_folder(run: RunFolder, checked: CheckedRun, data_key: str, report
     too_large = snapshot_code(run.code, checked.module.path if checked.module else None)
     if too_large:
         report(f"left out of the code snapshot for their size: {', '.join(too_large)}")
-    store_config(run, checked)
+    store_config(run, checked.config)
     facts = {
         **describe_environment(),
         "data_key": data_key,
@@ -81,9 +81,9 @@ def mixture_facts(checked: CheckedRun, run: RunFolder) -> dict[str, str] | None:
     }
 
 
-def store_config(run: RunFolder, checked: CheckedRun) -> None:
-    text = yaml.safe_dump(resolved_values(checked.config), sort_keys=False, allow_unicode=True)
-    header = f"# All settings of run {checked.config.name}, defaults included; written by train.sh.\n"
+def store_config(run: RunFolder, config: RunConfig) -> None:
+    text = yaml.safe_dump(resolved_values(config), sort_keys=False, allow_unicode=True)
+    header = f"# All settings of run {config.name}, defaults included; written by train.sh.\n"
     write_whole(run.config, (header + text).encode(), synced=True)
 
 
@@ -101,7 +101,7 @@ def compare_with_stored(run: RunFolder, checked: CheckedRun, data_key: str) -> N
         advice = "start another run with --name, or undo the change"
         raise ConfigError([Problem(f"run {run.path.name}", f"has other settings already ({described}); {advice}")])
     if changes:
-        store_config(run, checked)
+        store_config(run, checked.config)
 
 
 def remaining_jobs(run: RunFolder, checked: CheckedRun, plan: Plan) -> list[JobKind]:

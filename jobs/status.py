@@ -69,7 +69,7 @@ def read_status(run: RunFolder) -> RunStatus:
     jobs = job_table(run, queued)
     state, detail = overall_state(run, jobs, answer)
     step = max(last.get("step", 0), checkpoint.step if checkpoint else 0)
-    horizon = last.get("horizon_steps") or (checkpoint.terms.horizon_steps if checkpoint else None)
+    horizon = newest_horizon(run, last.get("horizon_steps") or (checkpoint.terms.horizon_steps if checkpoint else None))
     return RunStatus(
         name=run.path.name,
         state=state,
@@ -105,6 +105,12 @@ def newest_checkpoint(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
         return newest_valid(run.checkpoints)
     except NoValidCheckpointError as error:
         return None, str(error).splitlines()
+
+
+def newest_horizon(run: RunFolder, trained_to: int | None) -> int | None:
+    """The steps of the whole chain: an extension may not have trained any of its own yet."""
+    extended = [event["horizon_steps"] for event in run.events() if event["event"] == "extended"]
+    return max([*extended, trained_to or 0]) or None
 
 
 def wrong_epochs(checkpoint: Checkpoint) -> list[WrongEpoch]:
