@@ -18,6 +18,7 @@ from training.distributed import Ranks, failing_together, from_main, join_ranks
 from training.export import is_exported, require_own_folder
 from training.run import BlockResult, FinetuningRun
 from training.schedule import Horizon, terms_before_extensions
+from training.stopping import StopPoll
 
 # torch and transformers take seconds to import, and a block with nothing left to do should not wait for them.
 if TYPE_CHECKING:
@@ -49,7 +50,12 @@ def train(run: FinetuningRun) -> BlockResult:
     end = start
     if not start or start.step < horizon.total_steps:
         trainer = build_trainer(run, prepared, horizon, ranks, start)
-        end = trainer.train_block()
+        with run.stopping.deferred():
+            end = trainer.train_block()
+        if not end or end.step < trainer.schedule.block_end:
+            return BlockResult(
+                step=end.step if end else 0, horizon_steps=horizon.total_steps, finished=False, stopped=True
+            )
         record_block_end(run, prepared, trainer, end)
     assert end is not None
     if end.step >= horizon.total_steps:
@@ -106,7 +112,8 @@ def build_trainer(
         folder=run.folder,
         ranks=ranks,
         start=start,
-        stop_requested=run.folder.stop.exists,
+        owner=run.owner,
+        stop_requested=StopPoll(run.stopping, run.folder.stop).is_requested,
     )
 
 

@@ -33,6 +33,10 @@ class SlurmConfig:
     time: str | int | None = None
     """Time limit of one block: HH:MM:SS, D-HH:MM:SS, or minutes."""
 
+    warning_s: int | None = None
+    """Seconds before the time limit at which a job is told to save and to go on in another turn; Slurm may do so up to
+    30 s earlier. Unset: 120, and at most half of `time`."""
+
     nodes: int = 1
     """Nodes per block."""
 
@@ -75,6 +79,8 @@ class SlurmConfig:
             self.time_limit_minutes  # noqa: B018
         except ValueError as error:
             problems.append(str(error))
+        if self.warning_s is not None and self.warning_s < 1:
+            problems.append(f"slurm.warning_s must be at least 1, got {self.warning_s}")
         for option in self.extra:
             if option.replace("-", "_") in OWNED_SBATCH_OPTIONS:
                 problems.append(f"slurm.extra.{option} is set by the chain itself; remove it")
@@ -101,6 +107,13 @@ class SlurmConfig:
         if total_s < 60:
             raise ValueError(f"slurm.time must be at least one minute, got {text!r}")
         return -(-total_s // 60)
+
+    @property
+    def warning_seconds(self) -> int:
+        """`warning_s`, or what it is where it is unset."""
+        if self.warning_s is not None:
+            return self.warning_s
+        return min(120, (self.time_limit_minutes or 4) * 30)
 
     @property
     def tasks_per_node(self) -> int:

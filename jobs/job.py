@@ -1,11 +1,17 @@
-"""What runs inside a job: prepare the data, train one block, or evaluate; and what its exit code tells the chain."""
+"""What runs inside a job: prepare the data, train one block, or evaluate; and what its exit code tells the chain.
+
+A job that is asked to stop saves what it must and puts itself back into the queue (requeue.py). What cannot go on that
+way is made good by the next block, and every job sees to it that enough blocks follow it (top_up.py).
+"""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -13,17 +19,21 @@ from typing import Any, cast, get_args
 
 from jobs.chain import JobKind
 from jobs.config import RunConfig, read_resolved_config
+from jobs.ownership import OwnedElsewhereError, take_ownership
 from jobs.preflight import preparation_request
 from jobs.report import write_report
+from jobs.requeue import StopReason, requeue, wait_for_the_end, why_stopped
 from jobs.snapshot import in_snapshot, read_manifest
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparedData, prepare, prepared_folder
 from mixture.recipe import Mixture
 from mixture.whole_files import write_whole
 from training.checkpoints import NoValidCheckpointError, newest_valid
+from training.owner import LostOwnershipError, Owner
 from training.run import FinetuningRun, NonFiniteLossError
 from training.run_folder import RunFolder
 from training.schedule import Horizon
+from training.stopping import StopRequested, StopSignals, ignore_stop_signals
 
 
 class ExitCode(IntEnum):
@@ -42,7 +52,11 @@ class ExitCode(IntEnum):
 
 
 CRASHED = 1
-MAX_CRASHES_WITHOUT_PROGRESS = 2
+MAX_STARTS_WITHOUT_PROGRESS = 2
+WARNING_MARGIN_S = 60
+"""Slurm checks time limits every 30 s, so a warning comes up to that much earlier than asked; and clocks differ."""
+
+TOP_UP_TIMEOUT_S = 300
 
 
 @dataclass(frozen=True)
@@ -54,9 +68,18 @@ class ChainStep:
 
     def __call__(self) -> None:
         """Run the job and leave with its exit code."""
-        code = run_job(self.kind, RunFolder(Path(self.folder)))
+        code = enter_job(self.kind, RunFolder(Path(self.folder)))
         if code:
             sys.exit(code)
+
+
+def enter_job(kind: JobKind, run: RunFolder) -> int:
+    """A job as a process of its own: its signals are ours from here to the end of the process."""
+    signals = StopSignals()
+    signals.install()
+    code = run_job(kind, run, signals)
+    ignore_stop_signals()
+    return code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,42 +97,101 @@ class JobContext:
     """Where the user submitted from, and where relative paths in dataset modules start."""
 
 
-def run_job(kind: JobKind, run: RunFolder) -> int:
+def run_job(kind: JobKind, run: RunFolder, signals: StopSignals | None = None) -> int:
     """Do one job of the chain and record how it went; returns its exit code."""
+    signals = signals or StopSignals()
     started = time.time()
+    top_up = None
     if is_first_process():
-        run.record_event("job_start", kind=kind, pid=os.getpid())
+        restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        run.record_event("job_start", kind=kind, pid=os.getpid(), restart=restart, step=newest_step(run))
     try:
-        code = enter(kind, run)
+        signals.arm()
+        top_up = start_top_up(run)
+        code, reason = enter(kind, run, signals), None
+        signals.disarm()
+    except StopRequested:
+        code, reason = ExitCode.STOPPED_EARLY, stop_reason(run, signals)
     except Exception as error:
-        code = exit_code_of(error)
-        report_failure(run, kind, code, error)
+        if signals.received:  # most likely the end of another process that got the signal too
+            print(f"stopping: {error}", file=sys.stderr, flush=True)
+            code, reason = ExitCode.STOPPED_EARLY, stop_reason(run, signals)
+        else:
+            code, reason = exit_code_of(error), None
+            report_failure(run, kind, code, error)
     if is_first_process():
-        step = None if kind == "prepare" else newest_step(run)
-        run.record_event("job_end", kind=kind, exit_code=int(code), seconds=round(time.time() - started, 1), step=step)
-        if kind == "evaluate":
-            write_report(run)
+        record_end(run, kind, code, started, reason)
+    if reason in ("preempted", "time limit", "signal") and "SLURM_JOB_ID" in os.environ:
+        go_on_later(run)
+    if top_up:
+        top_up.wait(TOP_UP_TIMEOUT_S)
     return int(code)
 
 
-def enter(kind: JobKind, run: RunFolder) -> int:
+def start_top_up(run: RunFolder) -> subprocess.Popen[bytes] | None:
+    """On Slurm, submit what the chain will lack after this job, beside its work."""
+    if "SLURM_JOB_ID" not in os.environ or not is_first_process():
+        return None
+    return subprocess.Popen([sys.executable, "-u", "-m", "jobs.top_up", str(run.path)])
+
+
+def stop_reason(run: RunFolder, signals: StopSignals) -> StopReason:
+    """Why the job was asked to stop; asked of Slurm by the first process, for the others it does not matter."""
+    if not is_first_process():
+        return "signal"
+    config = read_resolved_config(run.config)
+    reason = why_stopped(run, warning_s=config.slurm.warning_seconds + WARNING_MARGIN_S)
+    assert signals.received is not None and signals.received_at_s is not None
+    run.record_event(
+        "stop_signal",
+        signal=signals.received.name,
+        reason=reason,
+        received_at=signals.received_at_s,
+        seconds=round(time.time() - signals.received_at_s, 3),
+    )
+    return reason
+
+
+def record_end(run: RunFolder, kind: JobKind, code: int, started: float, reason: StopReason | None) -> None:
+    step = None if kind == "prepare" else newest_step(run)
+    details = {"reason": reason} if reason else {}
+    run.record_event(
+        "job_end", kind=kind, exit_code=int(code), seconds=round(time.time() - started, 1), step=step, **details
+    )
+    if kind == "evaluate" and reason is None:
+        write_report(run)
+
+
+def go_on_later(run: RunFolder) -> None:
+    """Put the job back into the queue and wait to be ended; returns where Slurm does not have it."""
+    if not is_first_process():
+        wait_for_the_end()
+    elif requeue(os.environ["SLURM_JOB_ID"], report):
+        run.record_event("requeued")
+        wait_for_the_end()
+
+
+def enter(kind: JobKind, run: RunFolder, signals: StopSignals) -> int:
+    if run.done.exists():
+        print("the run is finished; nothing to do")
+        return ExitCode.DONE
     if run.halt.exists():
         print(f"error: the chain was halted: {run.halt.read_text().strip()}", file=sys.stderr)
         return ExitCode.BAD_INPUT
     if run.stop.exists():
         print("the chain was stopped on request; nothing to do")
         return ExitCode.STOPPED_EARLY
-    if kind == "block" and crashed_without_progress(run):
-        raise ValueError(f"{MAX_CRASHES_WITHOUT_PROGRESS} blocks in a row crashed without a new checkpoint; see logs/")
+    if kind == "block" and is_first_process():
+        refuse_standstill(run)
     context = open_run(run)
     os.chdir(context.working_folder)
     match kind:
         case "prepare":
             return prepare_data(context)
         case "block":
-            return train_block(context)
+            return train_block(context, signals)
         case "evaluate":
-            return evaluate_run(context)
+            return evaluate_run(context, signals)
 
 
 def open_run(run: RunFolder) -> JobContext:
@@ -176,30 +258,42 @@ def report(line: str) -> None:
     print(line, flush=True)
 
 
-def train_block(context: JobContext) -> int:
+def train_block(context: JobContext, signals: StopSignals) -> int:
     """Train from the newest checkpoint to the next boundary."""
     import finetuning  # torch and transformers: seconds, and only blocks need them
 
-    result = finetuning.train(finetuning_run(context))
+    try:
+        owner = take_ownership(context.run, report) if is_first_process() else None
+    except OwnedElsewhereError as error:
+        report(str(error))
+        return ExitCode.STOPPED_EARLY
+    try:
+        result = finetuning.train(finetuning_run(context, signals, owner))
+    except LostOwnershipError as error:
+        report(str(error))
+        return ExitCode.STOPPED_EARLY
+    finally:
+        if owner:
+            owner.release()
     if is_first_process():
-        print(f"block ends at step {result.step} of {result.horizon_steps}", flush=True)
-    return ExitCode.DONE
+        report(f"block ends at step {result.step} of {result.horizon_steps}")
+    return ExitCode.STOPPED_EARLY if result.stopped else ExitCode.DONE
 
 
-def evaluate_run(context: JobContext) -> int:
+def evaluate_run(context: JobContext, signals: StopSignals) -> int:
     """Score the trained model, and mark the run as done."""
     import finetuning
 
     if not training_finished(context):
-        print("error: training has not reached its end; run the file again to go on", file=sys.stderr)
+        print("training has not reached its end yet: more blocks are needed before this job", file=sys.stderr)
         return ExitCode.STOPPED_EARLY
-    finetuning.evaluate(finetuning_run(context))
+    finetuning.evaluate(finetuning_run(context, signals, None))
     write_whole(context.run.done, time.strftime("%Y-%m-%dT%H:%M:%S%z\n").encode(), synced=True)
     context.run.record_event("done")
     return ExitCode.DONE
 
 
-def finetuning_run(context: JobContext) -> FinetuningRun:
+def finetuning_run(context: JobContext, signals: StopSignals, owner: Owner | None) -> FinetuningRun:
     if PreparedData.open(context.prepared) is None:
         raise ValueError(f"the data in {context.prepared} is not prepared: the prepare job did not finish, see logs/")
     config = context.config
@@ -213,6 +307,8 @@ def finetuning_run(context: JobContext) -> FinetuningRun:
         training=config.training,
         finetuning=config.finetuning,
         evaluation=config.evaluation,
+        stopping=signals,
+        owner=owner,
     )
 
 
@@ -232,17 +328,33 @@ def newest_step(run: RunFolder) -> int:
     return checkpoint.step if checkpoint else 0
 
 
-def crashed_without_progress(run: RunFolder) -> bool:
-    """Whether the last blocks since the user's last word all crashed at the same step, so that one more would too."""
-    ends: list[dict[str, Any]] = []
-    for event in run.events():
-        if event["event"] == "started_by_user":
-            ends = []
-        elif event["event"] == "job_end" and event["kind"] == "block":
-            ends.append(event)
-    last = ends[-MAX_CRASHES_WITHOUT_PROGRESS:]
-    crashed = [event for event in last if event["exit_code"] not in (ExitCode.DONE, ExitCode.STOPPED_EARLY)]
-    return len(crashed) == MAX_CRASHES_WITHOUT_PROGRESS and len({event["step"] for event in crashed}) == 1
+def refuse_standstill(run: RunFolder) -> None:
+    """Raise ValueError where the last blocks all started from where this one does, so that it would end like them."""
+    step = newest_step(run)
+    starts = starts_that_count(run.events())[:-1]
+    if starts[-MAX_STARTS_WITHOUT_PROGRESS:] == [step] * MAX_STARTS_WITHOUT_PROGRESS:
+        raise ValueError(
+            f"{MAX_STARTS_WITHOUT_PROGRESS} blocks in a row made no new checkpoint after step {step}; see logs/. "
+            "Where they met the time limit, ask for more slurm.time or save more often (training.save_every)"
+        )
+
+
+def starts_that_count(events: Iterable[dict[str, Any]]) -> list[int]:
+    """The step from which each block since the user's last word started, but for those that were taken off their node.
+
+    Starts are counted and not ends: a block that is killed leaves no word.
+    """
+    starts: list[int] = []
+    for event in events:
+        match event:
+            case {"event": "started_by_user"}:
+                starts = []
+            case {"event": "job_start", "kind": "block"}:
+                starts.append(event["step"])
+            case {"event": "job_end", "kind": "block", "exit_code": ExitCode.STOPPED_EARLY} if starts:
+                if event.get("reason") != "time limit":
+                    starts.pop()
+    return starts
 
 
 def exit_code_of(error: Exception) -> int:
@@ -274,7 +386,7 @@ def main(arguments: list[str]) -> int:
     """`python -m jobs.job KIND RUN_FOLDER`: a job of a chain that runs here."""
     kind, folder = arguments
     assert kind in get_args(JobKind), kind
-    return run_job(cast(JobKind, kind), RunFolder(Path(folder)))
+    return enter_job(cast(JobKind, kind), RunFolder(Path(folder)))
 
 
 if __name__ == "__main__":

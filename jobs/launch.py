@@ -23,8 +23,11 @@ from training.checkpoints import newest_valid
 from training.run_folder import RunFolder
 from training.schedule import Horizon
 
-CHANGEABLE = ("slurm.partition", "slurm.time", "slurm.cpus_per_task", "slurm.mem", "slurm.account", "slurm.qos",
-              "slurm.constraint", "slurm.gpu_id", "slurm.setup", "slurm.extra", "cluster")  # fmt: skip
+CHANGEABLE = (
+    "cluster",
+    *(f"slurm.{key}" for key in ("partition", "time", "warning_s", "cpus_per_task", "mem", "account", "qos")),
+    *(f"slurm.{key}" for key in ("constraint", "gpu_id", "setup", "extra")),
+)
 """Settings that a run may change on the way: they ask for other machines and leave the training as it is."""
 
 

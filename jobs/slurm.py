@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from jobs.config import SlurmConfig
 from jobs.job import ChainStep
 from jobs.queue import QueuedJob, SlurmError, live_jobs
 from training.run_folder import RunFolder
+
+BLOCKED_SIGNALS = ("TERM", "USR2")
 
 
 def submit_chain(
@@ -62,12 +65,17 @@ def submit(job: ChainJob, run: RunFolder, slurm: SlurmConfig) -> str:
     import submitit
 
     run.logs.mkdir(parents=True, exist_ok=True)
-    executor = submitit.SlurmExecutor(folder=run.logs)
+    executor = submitit.SlurmExecutor(folder=run.logs, python=python_command())
     try:
         executor.update_parameters(**sbatch_parameters(job, run, slurm))
         return str(executor.submit(ChainStep(job.kind, str(run.path))).job_id)
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise SlurmError(sbatch_words(str(error))) from None
+
+
+def python_command() -> str:
+    """The interpreter, started with the signals blocked that would kill it in the seconds before it handles them."""
+    return shlex.join(["env", *(f"--block-signal={name}" for name in BLOCKED_SIGNALS), sys.executable])
 
 
 def sbatch_words(message: str) -> str:
@@ -99,6 +107,7 @@ def sbatch_parameters(job: ChainJob, run: RunFolder, slurm: SlurmConfig) -> dict
         "dependency": f"afterany:{job.after}" if job.after else None,
         "setup": setup_lines(run, slurm),
         "stderr_to_stdout": True,
+        "signal_delay_s": slurm.warning_seconds,
         "srun_args": srun_arguments(slurm),
         "additional_parameters": {
             "requeue": True,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from jobs.chain import Journal
+from jobs.ownership import process_lives
 from jobs.queue import QueuedJob, SlurmError, live_jobs
 from training.checkpoints import Checkpoint, NoValidCheckpointError, newest_valid
 from training.run_folder import RunFolder
@@ -152,15 +152,9 @@ def job_table(run: RunFolder, queued: list[QueuedJob]) -> list[dict[str, Any]]:
             rows.append({"kind": kind, "id": job.id, "state": job.state.lower(), "reason": job.reason_in_words})
     live = {job.id for job in queued}
     for row in rows:
-        if row["state"] == "running" and not (row["id"] in live if row["id"] else process_lives(row)):
+        if row["state"] == "running" and not (row["id"] in live if row["id"] else process_lives(row["pid"])):
             row["state"] = "ended without a word"
     return rows
-
-
-def process_lives(row: dict[str, Any]) -> bool:
-    """Whether a job that runs without Slurm is still there, as far as this machine can tell."""
-    command_line = Path("/proc") / str(row["pid"]) / "cmdline"
-    return command_line.exists() and b"jobs.job" in command_line.read_bytes()
 
 
 def overall_state(run: RunFolder, jobs: list[dict[str, Any]], slurm_silence: str | None) -> tuple[str, str]:

@@ -23,14 +23,17 @@ from training.run import FinetuningRun
 MakeRun = Callable[..., FinetuningRun]
 
 
-OnTwoRanks = Callable[..., list[object]]
+OnThreeRanks = Callable[..., list[object]]
+
+NUM_RANKS = 3
+"""The sum of two numbers does not depend on their order, that of three does."""
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks() -> Iterator[OnTwoRanks]:
-    """on_two_ranks(function, ...): what it returns on rank 0 and on rank 1 of two processes, which stay up."""
+def on_three_ranks() -> Iterator[OnThreeRanks]:
+    """on_three_ranks(function, ...): what it returns on each of three processes, which stay up."""
     context = multiprocessing.get_context("spawn")
-    ranks = [ProcessPoolExecutor(1, mp_context=context) for _ in range(2)]
+    ranks = [ProcessPoolExecutor(1, mp_context=context) for _ in range(NUM_RANKS)]
 
     def run(function: Callable[..., object], *arguments: object) -> list[object]:
         futures = [pool.submit(as_rank, rank, function, *arguments) for rank, pool in enumerate(ranks)]
@@ -42,7 +45,7 @@ def on_two_ranks() -> Iterator[OnTwoRanks]:
 
 
 def as_rank(rank: int, function: Callable[..., object], *arguments: object) -> object:
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(NUM_RANKS), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     return function(*arguments)
 
@@ -59,11 +62,11 @@ def meet(folder: Path) -> tuple[list[bool], str, str]:
     return agree_on_any(ranks.rank == 1, False), from_main(f"from {ranks.rank}"), failure
 
 
-def test_two_processes_meet_through_the_run_folder_and_agree(on_two_ranks: OnTwoRanks, tmp_path: Path) -> None:
+def test_processes_meet_through_the_run_folder_and_agree(on_three_ranks: OnThreeRanks, tmp_path: Path) -> None:
     (tmp_path / f".rendezvous-local-{os.getpid()}").write_text("127.0.0.1 1")  # left by a launch that was killed
-    first, second = on_two_ranks(meet, tmp_path)
+    first, second, third = on_three_ranks(meet, tmp_path)
     assert first == ([True, False], "from 0", "RuntimeError")
-    assert second == ([True, False], "from 0", "ArithmeticError")
+    assert second == third == ([True, False], "from 0", "ArithmeticError")
     assert not list(tmp_path.glob(".rendezvous*"))
 
 
@@ -73,11 +76,11 @@ def train_all(runs: list[FinetuningRun]) -> None:
             pass
 
 
-def test_two_ranks_resume_exactly_and_see_the_loss_that_one_rank_sees(
-    on_two_ranks: OnTwoRanks, make_run: MakeRun
+def test_three_ranks_resume_exactly_and_see_the_loss_that_one_rank_sees(
+    on_three_ranks: OnThreeRanks, make_run: MakeRun
 ) -> None:
     training = {"lr": 1e-3, "batch_size": 2, "log_every": 1}
-    one_rank = make_run("one-rank", training={**training, "batch_size": 4, "epochs_per_job": 2})
+    one_rank = make_run("one-rank", training={**training, "batch_size": 6, "epochs_per_job": 2})
     whole = make_run("whole", training={**training, "epochs_per_job": 2})
     chain = make_run("chain", training={**training, "total_jobs": 2, "save_every": 3})
     train_all([one_rank])
@@ -85,27 +88,27 @@ def test_two_ranks_resume_exactly_and_see_the_loss_that_one_rank_sees(
     adapter = {"model": {**base, "lora": LoraConfig(dropout=0.1)}}
     whole_adapter = make_run("whole-adapter", **adapter, training={**training, "epochs_per_job": 2})
     chain_adapter = make_run("chain-adapter", **adapter, training={**training, "total_jobs": 2})
-    on_two_ranks(train_all, [chain, whole, chain_adapter, whole_adapter])
+    on_three_ranks(train_all, [chain, whole, chain_adapter, whole_adapter])
 
     assert_same_weights(chain, whole)
     assert_same_weights(chain_adapter, whole_adapter)
     rows = 13
-    assert rows % 4 == 1, "the last step of an epoch leaves rank 1 without a row"
-    one, two = list(one_rank.folder.metrics()), list(whole.folder.metrics())
-    assert len(one) == len(two) == 2 * 4
-    for line_of_one, line_of_two in zip(one, two, strict=True):
-        assert line_of_two["loss"] == pytest.approx(line_of_one["loss"], abs=1e-5)
-        assert line_of_two["grad_norm"] == pytest.approx(line_of_one["grad_norm"], rel=1e-4)
+    assert rows % 6 == 1, "the last step of an epoch leaves two ranks without a row"
+    one, three = list(one_rank.folder.metrics()), list(whole.folder.metrics())
+    assert len(one) == len(three) == 2 * 3
+    for line_of_one, line_of_three in zip(one, three, strict=True):
+        assert line_of_three["loss"] == pytest.approx(line_of_one["loss"], abs=1e-5)
+        assert line_of_three["grad_norm"] == pytest.approx(line_of_one["grad_norm"], rel=1e-4)
         # An empty batch is one token.
-        assert 0 <= line_of_two["tokens"] - line_of_one["tokens"] <= 2
-    end_of_one, end_of_two = (newest_valid(run.folder.checkpoints)[0] for run in (one_rank, whole))
-    assert end_of_one is not None and end_of_two is not None
-    assert end_of_one.samples == end_of_two.samples == 2 * rows
+        assert 0 <= line_of_three["tokens"] - line_of_one["tokens"] <= 4
+    end_of_one, end_of_three = (newest_valid(run.folder.checkpoints)[0] for run in (one_rank, whole))
+    assert end_of_one is not None and end_of_three is not None
+    assert end_of_one.samples == end_of_three.samples == 2 * rows
     end_of_chain, _ = newest_valid(chain.folder.checkpoints)
     assert end_of_chain is not None
     each_row_once = Ledger(rows_per_epoch=rows, whole_epochs=2)
-    assert end_of_one.ledger == end_of_two.ledger == end_of_chain.ledger == each_row_once
-    assert sorted(path.name for path in end_of_two.path.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
+    assert end_of_one.ledger == end_of_three.ledger == end_of_chain.ledger == each_row_once
+    assert len(list(end_of_three.path.glob("rng_state_*.pth"))) == NUM_RANKS
     losses = [
         [event["eval_loss"] for event in run.folder.events() if event["event"] == "block_end"]
         for run in (one_rank, whole)
@@ -113,11 +116,11 @@ def test_two_ranks_resume_exactly_and_see_the_loss_that_one_rank_sees(
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
-def test_a_chain_begun_on_two_ranks_is_not_resumed_on_one(on_two_ranks: OnTwoRanks, make_run: MakeRun) -> None:
+def test_a_chain_begun_on_three_ranks_is_not_resumed_on_one(on_three_ranks: OnThreeRanks, make_run: MakeRun) -> None:
     run = make_run("run", training={"batch_size": 2, "total_jobs": 2})
-    on_two_ranks(finetuning.train, run)
-    with pytest.raises(ValueError, match="world_size: 2 -> 1"):
-        finetuning.train(replace(run, training=replace(run.training, batch_size=4)))
+    on_three_ranks(finetuning.train, run)
+    with pytest.raises(ValueError, match="world_size: 3 -> 1"):
+        finetuning.train(replace(run, training=replace(run.training, batch_size=6)))
 
 
 def assert_same_weights(one: FinetuningRun, other: FinetuningRun) -> None:

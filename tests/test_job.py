@@ -9,7 +9,7 @@ import pytest
 
 from jobs import launch
 from jobs.config import PROJECT
-from jobs.job import ExitCode, run_job
+from jobs.job import ExitCode, run_job, starts_that_count
 from jobs.plan import plan_run
 from jobs.preflight import check_run
 from training.run_folder import RunFolder
@@ -25,7 +25,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
 
 
 def crash(run: RunFolder, *, step: int) -> None:
-    run.record_event("job_end", kind="block", exit_code=1, seconds=1.0, step=step)
+    """A block that starts at a step and ends without a word, as one that is killed does."""
+    run.record_event("job_start", kind="block", pid=1, restart=0, step=step)
 
 
 def test_a_halted_chain_ends_its_jobs_one_after_another(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,27 +46,34 @@ def test_a_block_without_prepared_data_halts_the_chain_and_says_why(run: RunFold
     assert "is not prepared" in run.halt.read_text()
 
 
-def test_two_crashes_at_the_same_step_halt_the_chain(run: RunFolder) -> None:
-    crash(run, step=10)
-    crash(run, step=10)
+def test_two_blocks_without_a_new_checkpoint_halt_the_chain(run: RunFolder) -> None:
+    crash(run, step=0)
+    crash(run, step=0)
     assert run_job("block", run) == ExitCode.BAD_INPUT
-    assert "2 blocks in a row crashed without a new checkpoint" in run.halt.read_text()
+    assert "2 blocks in a row made no new checkpoint after step 0" in run.halt.read_text()
 
 
-@pytest.mark.parametrize("steps", [[10, 20], [10]])
+def test_being_taken_off_its_node_is_not_a_blocks_fault_and_meeting_the_time_limit_is(run: RunFolder) -> None:
+    for reason in ("preempted", "time limit", "preempted", "cancelled"):
+        crash(run, step=0)
+        run.record_event("job_end", kind="block", exit_code=75, seconds=1.0, step=0, reason=reason)
+    assert starts_that_count(run.events()) == [0]
+
+
+@pytest.mark.parametrize("steps", [[10, 0], [0]])
 def test_crashes_that_get_further_do_not(run: RunFolder, steps: list[int]) -> None:
     for step in steps:
         crash(run, step=step)
     run_job("block", run)
-    assert "crashed without a new checkpoint" not in run.halt.read_text()
+    assert "no new checkpoint" not in run.halt.read_text()
 
 
 def test_running_the_file_again_forgets_earlier_crashes(run: RunFolder) -> None:
-    crash(run, step=10)
-    crash(run, step=10)
+    crash(run, step=0)
+    crash(run, step=0)
     launch.clear_halt(run, print)
     run_job("block", run)
-    assert "crashed without a new checkpoint" not in run.halt.read_text()
+    assert "no new checkpoint" not in run.halt.read_text()
 
 
 def test_an_evaluation_before_the_end_of_training_is_no_error_of_the_user(run: RunFolder) -> None:

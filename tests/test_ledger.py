@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from training import batches
 from training.checkpoints import Checkpoint, newest_valid
 from training.ledger import ROWS_PER_CHUNK, EpochRows, Ledger, RowCounter, WrongRowsError, whole_epoch_hash
 from training.run import FinetuningRun
+from training.stopping import StopRequested, StopSignals
 from training.trainer import BlockTrainer
 
 MakeRun = Callable[..., FinetuningRun]
@@ -107,10 +109,6 @@ def test_a_chain_with_accumulation_workers_and_a_short_last_step_is_whole(make_r
     assert counted == [(3, 0), (4, 1), (6, 1), (8, 2)]
 
 
-class LeaveError(Exception):
-    pass
-
-
 def test_rows_of_a_step_that_a_job_gave_up_are_counted_by_the_next_job_only(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,20 +116,20 @@ def test_rows_of_a_step_that_a_job_gave_up_are_counted_by_the_next_job_only(
     train_micro_batch = BlockTrainer.training_step
     micro_batches = 0
 
-    def leave_in_the_third_step(self: BlockTrainer, model: torch.nn.Module, *arguments: Any) -> torch.Tensor:
+    def stop_in_the_third_step(*arguments: Any) -> torch.Tensor:
         nonlocal micro_batches
         micro_batches += 1
-        if micro_batches == 6:
-            self._save_checkpoint(model, None)
-            raise LeaveError
-        return train_micro_batch(self, model, *arguments)
+        if micro_batches == 5:
+            run.stopping.received = signal.SIGTERM
+        return train_micro_batch(*arguments)
 
-    monkeypatch.setattr(BlockTrainer, "training_step", leave_in_the_third_step)
-    with pytest.raises(LeaveError):
+    monkeypatch.setattr(BlockTrainer, "training_step", stop_in_the_third_step)
+    with pytest.raises(StopRequested):
         finetuning.train(run)
+    assert micro_batches == 5
     assert newest(run).step == 2
     assert [epoch.rows for epoch in newest(run).ledger.epochs] == [4]
-    finetuning.train(run)
+    finetuning.train(dataclasses.replace(run, stopping=StopSignals()))
     assert newest(run).ledger == Ledger(rows_per_epoch=ROWS, whole_epochs=1)
 
 

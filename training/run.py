@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from training.config import EvaluationConfig, FinetuningConfig, ModelConfig, TrainingConfig
+from training.owner import Owner
 from training.run_folder import RunFolder
+from training.stopping import StopSignals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,12 @@ class FinetuningRun:
     finetuning: FinetuningConfig
     evaluation: EvaluationConfig
 
+    stopping: StopSignals = field(default_factory=StopSignals)
+    """Requests to stop that this process has got."""
+
+    owner: Owner | None = None
+    """Of the run folder, in its first process; asked before anything is committed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockResult:
@@ -35,6 +43,8 @@ class BlockResult:
     step: int
     horizon_steps: int
     finished: bool
+    stopped: bool = False
+    """The user asked the chain to stop, and the block ended before its boundary."""
 
 
 class NonFiniteLossError(ArithmeticError):

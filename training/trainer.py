@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -34,6 +37,7 @@ from training.checkpoints import Checkpoint, Progress, ResumeTerms
 from training.config import SaveInterval, TrainingConfig
 from training.distributed import Ranks, agree_on_any, failing_together, from_main, gather_on_all
 from training.ledger import Ledger, RowCounter, refuse_wrong_rows
+from training.owner import LostOwnershipError, Owner
 from training.run import NonFiniteLossError
 from training.run_folder import RunFolder
 from training.schedule import Horizon, chain_learning_rate
@@ -92,12 +96,34 @@ class BlockSchedule(TrainerCallback):
     save_interval: SaveInterval
     log_every: int
     stop_requested: Callable[[], bool]
+    keeps_random_states: bool
+    """Steps of several micro-batches can be abandoned between them."""
+
+    abandoned_step: bool = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.first_step = state.global_step + 1
+        self.saved_step = state.global_step
         self.saved_at_s = time.monotonic()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.keeps_random_states:
+            self.random_states = random_states()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Between micro-batches: a stop abandons the step, and what was committed last is the step before it."""
+        (stop,) = agree_on_any(self.stop_requested())
+        if stop:
+            restore_random_states(self.random_states)
+            self.abandoned_step = True
+            control.should_training_stop = True
+            control.should_save = state.global_step > self.saved_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = state.global_step
@@ -113,6 +139,22 @@ class BlockSchedule(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.saved_at_s = time.monotonic()
+        self.saved_step = state.global_step
+
+
+def random_states() -> list[Any]:
+    """The states of all generators that training may draw from."""
+    devices = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    return [random.getstate(), np.random.get_state(), torch.get_rng_state(), *devices]
+
+
+def restore_random_states(states: list[Any]) -> None:
+    python_state, numpy_state, cpu_state, *devices = states
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(cpu_state)
+    for state in devices:
+        torch.cuda.set_rng_state(state)
 
 
 @dataclass
@@ -141,6 +183,7 @@ class BlockTrainer(Trainer):
         folder: RunFolder,
         ranks: Ranks,
         start: Checkpoint | None,
+        owner: Owner | None,
         stop_requested: Callable[[], bool],
     ):
         self.control: TrainerControl
@@ -152,37 +195,45 @@ class BlockTrainer(Trainer):
         self.folder = folder
         self.ranks = ranks
         self.start = start
+        self.owner = owner
         self.checkpoint = start
         self.ledger = start.ledger if start else Ledger(rows_per_epoch=len(rows))
         self.counter = RowCounter()
+        self.tokens_of_step = 0
+        self.has_settled_buckets = False
         self.uncounted_tokens = 0
         self.logged_tokens = 0
         self.logged_at_s: float | None = None
         start_step = start.step if start else 0
-        schedule = BlockSchedule(
+        self.schedule = BlockSchedule(
             block_end=horizon.block_end(start_step),
             save_interval=config.save_interval,
             log_every=config.log_every,
             stop_requested=stop_requested,
+            keeps_random_states=config.gradient_accumulation > 1,
         )
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=rows,
             data_collator=collate_numbered,
-            callbacks=[CountRows(self.counter), schedule],
+            callbacks=[CountRows(self.counter), self.schedule],
         )
         self.remove_callback(PrinterCallback)
         # Have the supervised tokens of an optimizer step counted, over micro-batches and ranks.
         self.model_accepts_loss_kwargs = True
 
-    def train_block(self) -> Checkpoint:
-        """Train from the start checkpoint to the block's end or to a requested stop, and commit a checkpoint there."""
+    def train_block(self) -> Checkpoint | None:
+        """Train from the start checkpoint to the block's end or to a requested stop, and commit a checkpoint there.
+
+        None where a stop came before the first step of the whole chain was done.
+        """
         if self.ranks.is_main:
             self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
             checkpoints.sweep_unfinished(self.folder.checkpoints)
         self.train(resume_from_checkpoint=str(self.start.path) if self.start else None)
-        assert self.checkpoint is not None and self.checkpoint is not self.start, "a block ends with a checkpoint"
+        if not self.schedule.abandoned_step:
+            assert self.checkpoint is not self.start, "a block ends with a checkpoint"
         return self.checkpoint
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
@@ -220,10 +271,35 @@ class BlockTrainer(Trainer):
         if self.logged_at_s is None:
             self.logged_tokens, self.logged_at_s = self.state.num_input_tokens_seen, time.monotonic()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.uncounted_tokens += sum(batch["input_ids"].numel() for batch in batches)
+        self.tokens_of_step = sum(batch["input_ids"].numel() for batch in batches)
+        self.uncounted_tokens += self.tokens_of_step
         epoch = self.state.global_step // self.horizon.steps_per_epoch
         self.counter.begin_step(epoch, [batch.pop(ROW_NUMBERS) for batch in batches])
         return batches, num_items
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if isinstance(model, DistributedDataParallel) and not self.has_settled_buckets:
+            self.settle_buckets(model, inputs, num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def settle_buckets(
+        self, model: DistributedDataParallel, inputs: Batch, num_items_in_batch: torch.Tensor | None
+    ) -> None:
+        """One pass for nothing. DDP sums the gradients of its first pass in one bucket and those of all others in
+        several, and where a number lies in a bucket decides in which order the ranks' shares of it are added. Without
+        this the first step of every block would round as no step of an uninterrupted run does."""
+        states = random_states()
+        is_synced = model.require_backward_grad_sync
+        model.require_backward_grad_sync = True
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        model.require_backward_grad_sync = is_synced
+        model.zero_grad()
+        restore_random_states(states)
+        self.has_settled_buckets = True
 
     def compute_loss(
         self,
@@ -317,6 +393,9 @@ class BlockTrainer(Trainer):
         folder = self.folder.checkpoints
         step = self.state.global_step
         temporary = from_main(checkpoints.temporary_folder(folder, step, f"{os.uname().nodename}-{os.getpid()}"))
+        if self.schedule.abandoned_step:
+            self.uncounted_tokens -= self.tokens_of_step
+            self.refuse_damaged_weights()
         self.count_tokens()
         self.ledger = self.ledger.adding(chain.from_iterable(gather_on_all(self.counter.take())))
         try:
@@ -327,10 +406,14 @@ class BlockTrainer(Trainer):
                 checkpoints.sync_files(temporary)
             with failing_together():
                 if self.ranks.is_main:
+                    if self.owner:
+                        self.owner.check()
                     self.checkpoint = checkpoints.commit(temporary, self.progress(), keep=self.config.keep_checkpoints)
         except Exception as error:
             if self.ranks.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, LostOwnershipError):
+                raise
             newest = self.checkpoint.path.name if self.checkpoint else "none yet"
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {folder}: {error}\n"
@@ -377,6 +460,11 @@ class BlockTrainer(Trainer):
         self._save_rng_state(str(folder))
         if self.ranks.is_main:
             self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def refuse_damaged_weights(self) -> None:
+        """The loss of a step that was not logged is not known to be finite, but then its weights are."""
+        if not all(bool(weight.isfinite().all()) for weight in self.model.parameters() if weight.requires_grad):
+            raise NonFiniteLossError(f"weights are not finite after step {self.state.global_step}; see training.lr")
 
     def progress(self) -> Progress:
         step = self.state.global_step
