@@ -17,7 +17,7 @@ from training.checkpoints import Checkpoint, NoValidCheckpointError, ResumeTerms
 from training.distributed import Ranks, failing_together, from_main, join_ranks
 from training.export import is_exported, require_own_folder
 from training.run import BlockResult, FinetuningRun
-from training.schedule import Horizon
+from training.schedule import Horizon, terms_before_extensions
 from training.stopping import StopPoll
 
 # torch and transformers take seconds to import, and a block with nothing left to do should not wait for them.
@@ -34,6 +34,11 @@ def train(run: FinetuningRun) -> BlockResult:
     prepared = open_prepared(run)
     horizon = Horizon.of(run.training, num_rows=num_train_rows(prepared), world_size=ranks.world_size)
     start, rejected = newest_valid(run.folder.checkpoints)
+    if start and start.step > horizon.total_steps:
+        raise ValueError(
+            f"{start.path} lies beyond the horizon of {horizon.total_steps} steps; restore training.total_jobs and "
+            "training.extensions"
+        )
     if start and start.step >= horizon.total_steps and is_exported(export_folder(run), step=start.step):
         return BlockResult(step=start.step, horizon_steps=horizon.total_steps, finished=True)
 
@@ -92,7 +97,8 @@ def build_trainer(
         optimization=run.training.optimization,
     )
     if start:
-        refuse_changed_terms(start, terms)
+        earlier = terms_before_extensions(terms, run.training, horizon, step=start.step)
+        refuse_changed_terms(start, terms, before_extensions=earlier)
     return BlockTrainer(
         model,
         build_data(run, "train"),

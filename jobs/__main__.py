@@ -17,6 +17,7 @@ from jobs import launch
 from jobs.config import PROJECT, resolved_values
 from jobs.doctor import run_doctor
 from jobs.exit_code import ExitCode
+from jobs.extend import extend_parser, extend_run, with_stored_extensions
 from jobs.local import AlreadyRunningError
 from jobs.plan import Plan, plan_run
 from jobs.preflight import CheckedRun, check_run
@@ -37,6 +38,7 @@ USAGE = """\
 ./train.sh check-dataset FILE   two rows of each split as the trainer will see them
 ./train.sh status [NAME]    how runs stand
 ./train.sh logs NAME        what the last job printed
+./train.sh extend NAME --jobs N --lr-policy POLICY   go on beyond the horizon; `extend --help` has the policies
 ./train.sh report NAME      report.html: curves over the whole chain, scores, settings
 ./train.sh doctor [FILE]    what this cluster does to jobs, and to the run of FILE; --on-node asks a node too
 ./train.sh datasets         the datasets that come along
@@ -88,6 +90,7 @@ def run_command(arguments: list[str]) -> int:
     parser.add_argument("--wait", action="store_true", help="stay and show progress of a submitted chain")
     parser.add_argument("--prepare-here", action="store_true", help="make the data here, not in the chain's first job")
     options, checked = parse_and_check(parser, arguments)
+    checked = with_stored_extensions(checked)
     plan = plan_run(checked)
     if options.dry_run:
         show_plan(checked, plan)
@@ -138,6 +141,17 @@ def submit(run: RunFolder, checked: CheckedRun, plan: Plan, *, wait: bool) -> in
     return ExitCode.DONE if status.state == "done" else 1
 
 
+def extend_command(arguments: list[str]) -> int:
+    """Go on training a run beyond its horizon."""
+    options = extend_parser().parse_args(arguments)
+    run = find_run(options.name)
+    checked = extend_run(run, jobs=options.jobs, lr_policy=options.lr_policy, report=tell)
+    plan = plan_run(checked)
+    show_plan(checked, plan)
+    launch.clear_halt(run, console.print)
+    return train_here(run, checked, plan) if checked.cluster == "local" else submit(run, checked, plan, wait=False)
+
+
 def check_command(arguments: list[str]) -> int:
     """Find everything wrong with a file."""
     parser = verb_parser("check", "find everything wrong with FILE before anything starts")
@@ -167,6 +181,7 @@ def plan_command(arguments: list[str]) -> int:
     parser = verb_parser("plan", "blocks, steps, learning rates, tokens, GPU-hours, disk")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     options, checked = parse_and_check(parser, arguments)
+    checked = with_stored_extensions(checked)
     plan = plan_run(checked)
     if options.json:
         print_json(dataclasses.asdict(plan))
@@ -367,7 +382,7 @@ def show_plan(checked: CheckedRun, plan: Plan) -> None:
     show_notes(checked)
     where = "Slurm" if checked.cluster == "slurm" else "this machine"
     console.print(
-        f"run {checked.config.name} on {where}: {training.total_jobs} blocks of {training.epochs_per_job} epochs, "
+        f"run {checked.config.name} on {where}: {training.num_jobs} blocks of {training.epochs_per_job} epochs, "
         f"{plan.rows_per_step} rows a step ({training.batch_size} per device x {training.gradient_accumulation} "
         f"accumulated x {checked.world_size} processes)",
         highlight=False,
@@ -404,6 +419,7 @@ VERBS = {
     "check-dataset": check_dataset_command,
     "status": status_command,
     "logs": logs_command,
+    "extend": extend_command,
     "report": report_command,
     "doctor": doctor_command,
     "datasets": datasets_command,

@@ -26,11 +26,13 @@ from jobs.snapshot import in_snapshot, read_manifest
 from jobs.standstill import MAX_STARTS_WITHOUT_PROGRESS, stands_still
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparedData, prepare, prepared_folder
+from mixture.recipe import Mixture
 from mixture.whole_files import write_whole
 from training.checkpoints import newest_valid
 from training.owner import LostOwnershipError, Owner
 from training.run import FinetuningRun
 from training.run_folder import RunFolder
+from training.schedule import Horizon
 from training.stopping import StopRequested, StopSignals, ignore_stop_signals
 
 WARNING_MARGIN_S = 60
@@ -209,23 +211,30 @@ def existing_folder(folder: Path, otherwise: Path) -> Path:
 
 def prepare_data(context: JobContext) -> int:
     """Prepare the data, unless another run has done so already."""
-    folder = Path(context.mixture["folder"]) if context.mixture else None
-    if context.mixture:
-        make_mixture(context, context.mixture)
-    request = preparation_request(context.config, context.module, folder)
+    mixture = stored_mixture(context)
+    if mixture:
+        make_mixture(context, mixture)
+    request = preparation_request(context.config, context.module, mixture.output_dir if mixture else None)
     prepare(request, context.config.data_folder, report)
     return ExitCode.DONE
 
 
-def make_mixture(context: JobContext, facts: dict[str, str]) -> None:
-    """Mix what the run trains on, from the recipe in the snapshot, unless it is there already."""
+def stored_mixture(context: JobContext) -> Mixture | None:
+    """The mixture that the run trains on, from the recipe in the snapshot; None where it trains on one module."""
+    if not context.mixture:
+        return None
     from jobs.mixing import mixture_of
-    from mixture.mixer import run_mixture
 
-    dataset = context.config.dataset
+    facts, dataset = context.mixture, context.config.dataset
     mixture = mixture_of(replace(dataset, mixture=facts["recipe"] or None), seed=context.config.seed)
     assert mixture is not None
-    mixture = replace(mixture, folder=Path(facts["relative_to"]), output_dir=Path(facts["folder"]))
+    return replace(mixture, folder=Path(facts["relative_to"]), output_dir=Path(facts["folder"]))
+
+
+def make_mixture(context: JobContext, mixture: Mixture) -> None:
+    """Mix what the run trains on, unless it is there already."""
+    from mixture.mixer import run_mixture
+
     run_mixture(mixture, context.config.data_folder, report)
 
 
@@ -260,7 +269,7 @@ def evaluate_run(context: JobContext, signals: StopSignals) -> int:
     """Score the trained model, and mark the run as done."""
     import finetuning
 
-    if not training_finished(context.run):
+    if not training_finished(context):
         print("training has not reached its end yet: more blocks are needed before this job", file=sys.stderr)
         return ExitCode.STOPPED_EARLY
     finetuning.evaluate(finetuning_run(context, signals, None))
@@ -288,10 +297,11 @@ def finetuning_run(context: JobContext, signals: StopSignals, owner: Owner | Non
     )
 
 
-def training_finished(run: RunFolder) -> bool:
-    """Whether the newest valid checkpoint is the end of the horizon."""
-    checkpoint, _ = newest_valid(run.checkpoints)
-    return checkpoint is not None and checkpoint.step >= checkpoint.terms.horizon_steps
+def training_finished(context: JobContext) -> bool:
+    """Whether the newest valid checkpoint is the end of the horizon, which may have been extended since."""
+    checkpoint, _ = newest_valid(context.run.checkpoints)
+    training = context.config.training
+    return checkpoint is not None and checkpoint.step >= Horizon.of_chain(training, checkpoint).total_steps
 
 
 def refuse_standstill(run: RunFolder) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from jobs.chain import JobKind, Journal, jobs_needed
-from jobs.config import PROJECT, resolved_values
+from jobs.config import PROJECT, RunConfig, resolved_values
 from jobs.local import run_chain_here, sole_owner
 from jobs.plan import Plan
 from jobs.preflight import CheckedRun
@@ -20,7 +20,9 @@ from mixture.whole_files import write_whole
 from settings.typed import changed_keys
 from settings.yaml_tree import ConfigError, Problem, read_config_file
 from training.checkpoints import newest_valid
+from training.config import TrainingConfig
 from training.run_folder import RunFolder
+from training.schedule import Horizon
 
 CHANGEABLE = (
     "cluster",
@@ -51,7 +53,7 @@ def create_run_folder(run: RunFolder, checked: CheckedRun, data_key: str, report
     too_large = snapshot_code(run.code, checked.module.path if checked.module else None)
     if too_large:
         report(f"left out of the code snapshot for their size: {', '.join(too_large)}")
-    store_config(run, checked)
+    store_config(run, checked.config)
     facts = {
         **describe_environment(),
         "data_key": data_key,
@@ -83,9 +85,9 @@ def mixture_facts(checked: CheckedRun, run: RunFolder) -> dict[str, str] | None:
     }
 
 
-def store_config(run: RunFolder, checked: CheckedRun) -> None:
-    text = yaml.safe_dump(resolved_values(checked.config), sort_keys=False, allow_unicode=True)
-    header = f"# All settings of run {checked.config.name}, defaults included; written by train.sh.\n"
+def store_config(run: RunFolder, config: RunConfig) -> None:
+    text = yaml.safe_dump(resolved_values(config), sort_keys=False, allow_unicode=True)
+    header = f"# All settings of run {config.name}, defaults included; written by train.sh.\n"
     write_whole(run.config, (header + text).encode(), synced=True)
 
 
@@ -103,14 +105,16 @@ def compare_with_stored(run: RunFolder, checked: CheckedRun, data_key: str) -> N
         advice = "start another run with --name, or undo the change"
         raise ConfigError([Problem(f"run {run.path.name}", f"has other settings already ({described}); {advice}")])
     if changes:
-        store_config(run, checked)
+        store_config(run, checked.config)
 
 
-def remaining_jobs(run: RunFolder, *, total_jobs: int, prepared: bool) -> list[JobKind]:
+def remaining_jobs(run: RunFolder, training: TrainingConfig, *, prepared: bool) -> list[JobKind]:
     """The jobs that finish the run from where it stands."""
     checkpoint, _ = newest_valid(run.checkpoints)
-    blocks_done = checkpoint.step * total_jobs // checkpoint.terms.horizon_steps if checkpoint else 0
-    return jobs_needed(prepared=prepared, blocks_left=total_jobs - blocks_done, evaluated=run.done.exists())
+    blocks_left = training.num_jobs
+    if checkpoint is not None:
+        blocks_left -= checkpoint.step // Horizon.of_chain(training, checkpoint).block_steps
+    return jobs_needed(prepared=prepared, blocks_left=blocks_left, evaluated=run.done.exists())
 
 
 def submit(run: RunFolder, checked: CheckedRun, plan: Plan, report: Callable[[str], None]) -> Outcome:
@@ -121,7 +125,7 @@ def submit(run: RunFolder, checked: CheckedRun, plan: Plan, report: Callable[[st
         AlreadyRunningError: another command submits this run right now.
     """
     with sole_owner(run):
-        needed = remaining_jobs(run, total_jobs=checked.config.training.total_jobs, prepared=plan.prepared is not None)
+        needed = remaining_jobs(run, checked.config.training, prepared=plan.prepared is not None)
         submission = ChainSubmission(
             run=run, run_name=checked.config.name, slurm=checked.config.slurm, by_user=True,
             report=report, journal=Journal.open(run),
@@ -138,7 +142,7 @@ def train_here(run: RunFolder, checked: CheckedRun, plan: Plan, watch: Callable[
     with sole_owner(run):
         return run_chain_here(
             run,
-            remaining_jobs(run, total_jobs=checked.config.training.total_jobs, prepared=plan.prepared is not None),
+            remaining_jobs(run, checked.config.training, prepared=plan.prepared is not None),
             num_processes=checked.world_size,
             gpu_id=checked.config.slurm.gpu_id,
             watch=watch,

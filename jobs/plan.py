@@ -9,7 +9,7 @@ from pathlib import Path
 from jobs.preflight import CheckedRun
 from mixture.prepare import PreparedData, data_key, prepared_folder
 from training.config import ModelConfig
-from training.schedule import Horizon, learning_rate
+from training.schedule import Horizon, chain_learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +58,12 @@ def plan_run(run: CheckedRun) -> Plan:
     slurm = run.config.slurm
     max_gpu_hours = None
     if run.cluster == "slurm" and slurm.gpus_per_node and slurm.time_limit_minutes:
-        max_gpu_hours = training.total_jobs * slurm.nodes * slurm.gpus_per_node * slurm.time_limit_minutes / 60
+        max_gpu_hours = training.num_jobs * slurm.nodes * slurm.gpus_per_node * slurm.time_limit_minutes / 60
     return Plan(
         data_key=key,
         prepared=prepared,
         horizon=horizon,
-        blocks=[plan_block(run, horizon, number) for number in range(1, training.total_jobs + 1)],
+        blocks=[plan_block(run, horizon, number) for number in range(1, training.num_jobs + 1)],
         rows_per_step=training.batch_size * training.gradient_accumulation * run.world_size,
         train_tokens=train.tokens * horizon.epochs if train and horizon else None,
         max_gpu_hours=max_gpu_hours,
@@ -80,13 +80,7 @@ def plan_block(run: CheckedRun, horizon: Horizon | None, number: int) -> Planned
     first, last = (number - 1) * horizon.block_steps, number * horizon.block_steps
 
     def rate(step: int) -> float:
-        return learning_rate(
-            step,
-            peak=training.lr,
-            schedule=training.lr_scheduler,
-            warmup_steps=training.warmup_steps(horizon.total_steps),
-            total_steps=horizon.total_steps,
-        )
+        return chain_learning_rate(step, peak=training.lr, training=training, horizon=horizon)
 
     return PlannedBlock(number=number, epochs=epochs, steps=(first, last), learning_rates=(rate(first), rate(last - 1)))
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from jobs.chain import Journal
 from jobs.ownership import process_lives
 from jobs.queue import QueuedJob, SlurmError, live_jobs
-from training.checkpoints import NoValidCheckpointError, newest_valid
+from training.checkpoints import Checkpoint, NoValidCheckpointError, newest_valid
 from training.run_folder import RunFolder
 
 CUT_OFF = "held: its submission is not finished"
@@ -20,6 +20,18 @@ CUT_OFF_IN_WORDS = (
     "the submission was cut off before its jobs were released (unless a command is at it now); "
     "run the file again to finish it, nothing is submitted twice"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrongEpoch:
+    """An epoch that ended without every row once."""
+
+    epoch: int
+    """Counted from 1."""
+
+    rows_counted: int
+    rows_expected: int
+    what: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +56,12 @@ class RunStatus:
     passed_over: list[str]
     """Newer checkpoints that are not whole, and why."""
 
+    whole_epochs: int
+    """Epochs up to that checkpoint in which every row was trained on exactly once."""
+
+    wrong_epochs: list[WrongEpoch]
+    """Epochs up to that checkpoint in which it was not."""
+
     jobs: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
 
@@ -57,7 +75,7 @@ def read_status(run: RunFolder) -> RunStatus:
     jobs = job_table(run, queued)
     state, detail = overall_state(run, jobs, answer)
     step = max(last.get("step", 0), checkpoint.step if checkpoint else 0)
-    horizon = last.get("horizon_steps") or (checkpoint.terms.horizon_steps if checkpoint else None)
+    horizon = newest_horizon(run, last.get("horizon_steps") or (checkpoint.terms.horizon_steps if checkpoint else None))
     return RunStatus(
         name=run.path.name,
         state=state,
@@ -71,6 +89,8 @@ def read_status(run: RunFolder) -> RunStatus:
         seconds_left=seconds_left(metrics, horizon) if state == "running" else None,
         checkpoint=checkpoint.path.name if checkpoint else None,
         passed_over=passed_over,
+        whole_epochs=checkpoint.whole_epochs if checkpoint else 0,
+        wrong_epochs=wrong_epochs(checkpoint) if checkpoint else [],
         jobs=jobs,
         evaluation=read_evaluation(run),
     )
@@ -86,11 +106,31 @@ def ask_slurm(run: RunFolder) -> tuple[list[QueuedJob], str | None]:
         return [], str(error)
 
 
-def newest_checkpoint(run: RunFolder) -> tuple[Any, list[str]]:
+def newest_checkpoint(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
     try:
         return newest_valid(run.checkpoints)
     except NoValidCheckpointError as error:
         return None, str(error).splitlines()
+
+
+def newest_horizon(run: RunFolder, trained_to: int | None) -> int | None:
+    """The steps of the whole chain: an extension may not have trained any of its own yet."""
+    extended = [event["horizon_steps"] for event in run.events() if event["event"] == "extended"]
+    return max([*extended, trained_to or 0]) or None
+
+
+def wrong_epochs(checkpoint: Checkpoint) -> list[WrongEpoch]:
+    """What the checkpoint's ledger says against the chain."""
+    ledger = checkpoint.ledger
+    return [
+        WrongEpoch(
+            epoch=wrong.epoch + 1,
+            rows_counted=wrong.rows,
+            rows_expected=ledger.rows_per_epoch,
+            what=ledger.describe(wrong),
+        )
+        for wrong in checkpoint.wrong_epochs
+    ]
 
 
 def job_table(run: RunFolder, queued: list[QueuedJob]) -> list[dict[str, Any]]:
@@ -166,6 +206,10 @@ def show_status(status: RunStatus, console: Console) -> None:
     console.print(f"  newest valid checkpoint: {status.checkpoint or 'none yet'}", highlight=False)
     for reason in status.passed_over:
         console.print(f"  not valid: {reason}", highlight=False)
+    if status.whole_epochs:
+        console.print(f"  every row trained on exactly once in {status.whole_epochs} epochs", highlight=False)
+    for wrong in status.wrong_epochs:
+        console.print(f"  [red]wrong rows[/]: {wrong.what}", highlight=False)
     if status.jobs:
         table = Table(box=None, padding=(0, 2))
         for heading in ("job", "id", "state", "node", "time", "step", ""):

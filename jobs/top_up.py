@@ -54,9 +54,7 @@ def top_up(run: RunFolder, report: Callable[[str], None]) -> Outcome:
     config = read_resolved_config(run.config)
     data = prepared_folder(config.data_folder, read_manifest(run.manifest)["data_key"])
     with sole_owner(run, patience_s=PATIENCE_S):
-        needed = remaining_jobs(
-            run, total_jobs=config.training.total_jobs, prepared=PreparedData.open(data) is not None
-        )
+        needed = remaining_jobs(run, config.training, prepared=PreparedData.open(data) is not None)
         submission = ChainSubmission(
             run=run, run_name=config.name, slurm=config.slurm, by_user=False, report=report, journal=Journal.open(run)
         )

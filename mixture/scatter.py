@@ -29,6 +29,7 @@ import xxhash
 from mixture.dedup import UniqueRows, save_array
 from mixture.formats import Content, canonical_row
 from mixture.mix import size
+from mixture.mixed_bits import mixed_bits
 from mixture.scan import Chunk, Index, flat, lines_of, turns_text
 from mixture.whole_files import remove_leftovers, whole_file, write_whole
 from mixture.workers import Report, run_tasks
@@ -183,13 +184,6 @@ def scatter(
 
 
 # --- the order of all rows
-
-
-def mixed_bits(values: Keys) -> Keys:
-    """A bijection of 64-bit numbers that looks random (the finaliser of splitmix64, Steele et al. 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def salt(*parts: Any) -> np.uint64:

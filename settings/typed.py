@@ -43,7 +43,7 @@ def build(
         else:
             try:
                 typed[key] = check_type(annotations[key], value)
-            except TypeError as error:
+            except (TypeError, ValueError) as error:
                 problems.append(Problem(tree.place(here), f"{'.'.join(here)}: {error}"))
     required = [key for key, item in fields.items() if is_required(item)]
     for key in required:
@@ -78,11 +78,13 @@ def check_type(annotation: Any, value: Any) -> Any:
 
     Raises:
         TypeError: what was expected, and what was given.
+        ValueError: a section in a list refuses its keys.
     """
     if value is None and not accepts_none(annotation):
         raise TypeError(f"expected {describe_type(annotation)}, got nothing")
     try:
-        return type_parser(annotation).parse_object({"value": value}).value
+        parser = type_parser(annotation)
+        return parser.instantiate(parser.parse_object({"value": value})).value
     except ArgumentError:
         hint = "; quote it to make it a text" if accepts_text(annotation) and isinstance(value, int | float) else ""
         raise TypeError(f"expected {describe_type(annotation)}, got {value!r}{hint}") from None

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import finetuning
@@ -24,6 +25,7 @@ from training.checkpoints import (
     newest_valid,
     refuse_changed_terms,
 )
+from training.ledger import EpochRows, Ledger
 from training.run import FinetuningRun
 
 MakeRun = Callable[..., FinetuningRun]
@@ -45,7 +47,8 @@ def write(folder: Path, step: int, *, keep: int = 2, size: int = 100) -> Checkpo
     (temporary / "shards").mkdir(parents=True)
     (temporary / "model.safetensors").write_bytes(bytes(size))
     (temporary / "shards" / "0.bin").write_bytes(b"abc")
-    progress = Progress(step=step, epoch=step / 10, samples=16 * step, learning_rate=1e-5, terms=TERMS)
+    ledger = Ledger(rows_per_epoch=160).adding([EpochRows.of(0, np.arange(16 * step))])
+    progress = Progress(step=step, epoch=step / 10, samples=16 * step, learning_rate=1e-5, terms=TERMS, ledger=ledger)
     return checkpoints.commit(temporary, progress, keep=keep)
 
 
@@ -54,6 +57,7 @@ def test_a_committed_checkpoint_is_read_back_with_all_that_was_said_about_it(tmp
     assert newest_valid(tmp_path) == (written, [])
     assert (written.step, written.epoch, written.samples, written.num_bytes) == (12, 1.2, 192, 103)
     assert written.terms == TERMS
+    assert written.ledger.epochs[0].rows == 192
     assert written.path == tmp_path / "step_00000012"
     marker = json.loads((written.path / "marker.json").read_text())
     assert marker["files"] == {"model.safetensors": 100, "shards/0.bin": 3}

@@ -17,6 +17,7 @@ import finetuning
 from training.checkpoints import newest_valid
 from training.config import LoraConfig
 from training.distributed import Ranks, agree_on_any, failing_together, from_main, join_ranks, tasks_on_node
+from training.ledger import Ledger
 from training.run import FinetuningRun
 
 MakeRun = Callable[..., FinetuningRun]
@@ -103,6 +104,10 @@ def test_three_ranks_resume_exactly_and_see_the_loss_that_one_rank_sees(
     end_of_one, end_of_three = (newest_valid(run.folder.checkpoints)[0] for run in (one_rank, whole))
     assert end_of_one is not None and end_of_three is not None
     assert end_of_one.samples == end_of_three.samples == 2 * rows
+    end_of_chain, _ = newest_valid(chain.folder.checkpoints)
+    assert end_of_chain is not None
+    each_row_once = Ledger(rows_per_epoch=rows, whole_epochs=2)
+    assert end_of_one.ledger == end_of_three.ledger == end_of_chain.ledger == each_row_once
     assert len(list(end_of_three.path.glob("rng_state_*.pth"))) == NUM_RANKS
     losses = [
         [event["eval_loss"] for event in run.folder.events() if event["event"] == "block_end"]

@@ -281,7 +281,7 @@ def test_each_warning_that_a_run_may_get_counts() -> None:
     assert sorted(warnings_s(SlurmConfig(partition="gpucluster,urgent"), debian_22_05()).values()) == [13, 120]
     assert list(warnings_s(SlurmConfig(partition="urgent"), debian_22_05()).values()) == [120]
     by_qos = cluster("slurm 23.02.7", CONFIG_23_02, qos=parse_qos("normal|00:00:20|cluster|"))
-    assert sorted(warnings_s(SlurmConfig(qos="normal"), by_qos).values()) == [50, 90]
+    assert sorted(warnings_s(SlurmConfig(qos="normal"), by_qos).values()) == [50, 120]
 
 
 def test_a_device_picked_by_hand_fights_a_cluster_that_hands_out_gpus() -> None:

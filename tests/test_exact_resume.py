@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import finetuning
 from training.checkpoints import newest_valid
+from training.ledger import Ledger
 from training.run import BlockResult, FinetuningRun
 
 MakeRun = Callable[..., FinetuningRun]
@@ -37,6 +38,12 @@ def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
     assert one.keys() == other.keys()
     for name in one:
         assert torch.equal(one[name], other[name]), name
+
+
+def assert_every_row_once_in_each_epoch(run: FinetuningRun) -> None:
+    checkpoint, _ = newest_valid(run.folder.checkpoints)
+    assert checkpoint is not None
+    assert checkpoint.ledger == Ledger(rows_per_epoch=13, whole_epochs=int(checkpoint.epoch))
 
 
 @pytest.fixture
@@ -94,6 +101,7 @@ def test_a_run_killed_in_mid_epoch_ends_with_the_same_weights(make_run: MakeRun)
     train_to_the_end(killed)
     train_to_the_end(whole)
     assert_identical(final_weights(killed), final_weights(whole))
+    assert_every_row_once_in_each_epoch(killed)
     assert [event["step"] for event in killed.folder.events() if event["event"] == "resumed"] == [start.step]
 
 
@@ -118,6 +126,7 @@ def test_a_broken_newest_checkpoint_costs_only_the_steps_since_the_one_before(ma
     train_to_the_end(chain)
     train_to_the_end(whole)
     assert_identical(final_weights(chain), final_weights(whole))
+    assert_every_row_once_in_each_epoch(chain)
     resumed = next(event for event in chain.folder.events() if event["event"] == "resumed")
     assert resumed["step"] < first.step
     assert resumed["rejected"][0].startswith(f"{newest.name}: optimizer.pt has ")
@@ -133,6 +142,7 @@ def test_a_stop_file_ends_the_block_at_the_next_step_and_the_chain_goes_on_from_
     train_to_the_end(stopped)
     train_to_the_end(whole)
     assert_identical(final_weights(stopped), final_weights(whole))
+    assert_every_row_once_in_each_epoch(stopped)
 
 
 @pytest.mark.parametrize(

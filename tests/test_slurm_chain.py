@@ -80,6 +80,18 @@ def test_a_second_call_names_the_queued_jobs_and_submits_nothing(
     assert queued_names(waiting_partition) == before
 
 
+def test_a_run_with_queued_jobs_is_not_extended(waiting_partition: SlurmCluster, tmp_path: Path) -> None:
+    checked = checked_run(tmp_path)
+    plan = plan_run(checked)
+    run = launch.open_run_folder(checked, plan.data_key, print)
+    jobs = launch.submit(run, checked, plan, print)
+    settings = run.config.read_text()
+    answer = train_sh("extend", str(run.path), "--jobs", "1", "--lr-policy", "rewarm")
+    assert answer.returncode == 64
+    assert f"run test still has jobs: {jobs[0].id} (pending), {jobs[1].id} (pending)" in answer.stderr
+    assert run.config.read_text() == settings
+
+
 def test_every_job_waits_for_the_one_before(waiting_partition: SlurmCluster, tmp_path: Path) -> None:
     checked = checked_run(tmp_path)
     plan = plan_run(checked)

@@ -21,6 +21,7 @@ from mixture.packing import Packs
 from mixture.shards import TokenRow, TokenRows
 
 IGNORED = -100
+ROW_NUMBERS = "row_numbers"
 
 Batch = dict[str, Any]
 ComputeLoss = Callable[[torch.nn.Module, Batch, torch.Tensor], torch.Tensor]
@@ -39,6 +40,25 @@ class PackedDataset(Dataset[list[TokenRow]]):
 
     def __getitem__(self, index: int) -> list[TokenRow]:
         return [self.rows[int(sample)] for sample in self.packs[int(index)]]
+
+
+class NumberedPacks(Dataset[tuple[int, list[TokenRow]]]):
+    """The packs of a split, each with its number: the row that it was read as."""
+
+    def __init__(self, packs: PackedDataset):
+        self.packs = packs
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> tuple[int, list[TokenRow]]:
+        return int(index), self.packs[index]
+
+
+def collate_numbered(packs: Sequence[tuple[int, list[TokenRow]]]) -> Batch:
+    """The packs' batch with their numbers in `row_numbers`, int64, to be taken off before the model sees it."""
+    numbers = np.array([number for number, _ in packs], dtype=np.int64)
+    return {**collate([samples for _, samples in packs]), ROW_NUMBERS: numbers}
 
 
 def collate(packs: Sequence[list[TokenRow]]) -> Batch:

@@ -11,11 +11,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
+
+from training.ledger import EpochRows, Ledger
 
 MARKER = "marker.json"
 MIN_KEPT = 2
@@ -51,8 +54,10 @@ REMEDY = {
     "batch_size": "restore training.batch_size",
     "gradient_accumulation": "restore training.gradient_accumulation",
     "world_size": "ask for as many GPUs as the chain began with (slurm.nodes x slurm.gpus_per_node)",
-    "optimization": "restore training.lr, training.lr_scheduler, training.warmup and training.weight_decay",
-    "horizon_steps": "the learning rate spans the whole chain; restore training.epochs_per_job and training.total_jobs",
+    "optimization": "restore training.lr, training.lr_scheduler, training.warmup, training.weight_decay and "
+    "training.extensions",
+    "horizon_steps": "the learning rate spans the whole chain; restore training.epochs_per_job and "
+    "training.total_jobs, and go on beyond them with ./train.sh extend",
 }
 
 
@@ -69,6 +74,22 @@ class Progress:
     """Of the next optimizer step."""
 
     terms: ResumeTerms
+    ledger: Ledger
+    """The rows that were trained on, exactly as old as the weights."""
+
+    @property
+    def finished_epochs(self) -> int:
+        return int(self.epoch)
+
+    @property
+    def whole_epochs(self) -> int:
+        """The epochs that have ended and had every row exactly once."""
+        return self.finished_epochs - len(self.wrong_epochs)
+
+    @property
+    def wrong_epochs(self) -> list[EpochRows]:
+        """The epochs that have ended and had not."""
+        return self.ledger.wrong_epochs(self.finished_epochs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +137,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         files: dict[str, int] = marker.pop("files")
         checkpoint = Checkpoint(
-            path=path, num_bytes=sum(files.values()), terms=ResumeTerms(**marker.pop("terms")), **marker
+            path=path,
+            num_bytes=sum(files.values()),
+            terms=ResumeTerms(**marker.pop("terms")),
+            ledger=Ledger.of_json(marker.pop("ledger")),
+            **marker,
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{MARKER} lacks what this version needs: {error}") from error
@@ -130,8 +155,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def refuse_changed_terms(checkpoint: Checkpoint, terms: ResumeTerms) -> None:
-    """Raise ValueError, naming each change and how to go on, where a resume would not continue the same run."""
+def refuse_changed_terms(
+    checkpoint: Checkpoint, terms: ResumeTerms, *, before_extensions: Sequence[ResumeTerms] = ()
+) -> None:
+    """Raise ValueError, naming each change and how to go on, where a resume would not continue the same run.
+
+    `before_extensions`: other terms that the checkpoint may have been written under, because the chain was extended.
+    """
+    if checkpoint.terms in before_extensions:
+        return
     old, new = asdict(checkpoint.terms), asdict(terms)
     changes = [f"{key}: {old[key]} -> {new[key]} ({REMEDY[key]})" for key in old if old[key] != new[key]]
     if changes:

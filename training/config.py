@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 LearningRateSchedule = Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"]
+ExtensionPolicy = Literal["constant", "rewarm", "stretch"]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -83,8 +84,33 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True, frozen=True)
+class Extension:
+    """Blocks that `./train.sh extend` added to a run, and how the learning rate goes on."""
+
+    jobs: int
+    """Blocks added."""
+
+    lr_policy: ExtensionPolicy
+    """`constant`: the rate that the old horizon ended with. `rewarm`: a linear warmup to `training.lr`, then
+    `training.lr_scheduler` over the added epochs. `stretch`: `training.lr_scheduler` as if the horizon had been the
+    longer one from the beginning."""
+
+    from_step: int
+    """Optimizer steps before the policy holds: the old horizon; for `stretch`, those that were done already."""
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise ValueError(f"an extension needs at least 1 job, got {self.jobs}")
+        if self.from_step < 0:
+            raise ValueError(f"an extension cannot begin at step {self.from_step}")
+
+    def __str__(self) -> str:
+        return f"{self.lr_policy} for {self.jobs} more jobs from step {self.from_step}"
+
+
+@dataclass(kw_only=True, frozen=True)
 class TrainingConfig:
-    """Optimisation over the whole chain. The horizon is `epochs_per_job` x `total_jobs` epochs."""
+    """Optimisation over the whole chain. The horizon is `epochs_per_job` x `total_jobs` epochs, and its extensions."""
 
     lr: float
     """Peak learning rate, reached at the end of warmup."""
@@ -97,6 +123,9 @@ class TrainingConfig:
 
     total_jobs: int = 1
     """Blocks in the chain."""
+
+    extensions: list[Extension] = field(default_factory=list)
+    """Blocks added later, oldest first; written by `./train.sh extend`."""
 
     gradient_accumulation: int = 1
     """Micro-batches per optimizer step; gradients are normalised by the global token count."""
@@ -163,7 +192,17 @@ class TrainingConfig:
     @property
     def optimization(self) -> str:
         """How weights are updated, in words: a checkpoint is resumed under these settings only."""
-        return f"lr {self.lr}, {self.lr_scheduler}, warmup {self.warmup}, weight decay {self.weight_decay}"
+        words = f"lr {self.lr}, {self.lr_scheduler}, warmup {self.warmup}, weight decay {self.weight_decay}"
+        return ", then ".join([words, *map(str, self.extensions)])
+
+    @property
+    def num_jobs(self) -> int:
+        """Blocks in the chain, extensions included."""
+        return self.total_jobs + sum(extension.jobs for extension in self.extensions)
+
+    def before_extension(self, number: int) -> TrainingConfig:
+        """The settings before the extension of this number, counted from 0, and those after it were made."""
+        return replace(self, extensions=self.extensions[:number])
 
     def warmup_steps(self, horizon_steps: int) -> int:
         """Optimizer steps of warmup for a horizon of `horizon_steps`."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,23 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from training import checkpoints
-from training.batches import Batch, BlockSampler, ComputeLoss, PackedDataset, collate
+from training.batches import (
+    ROW_NUMBERS,
+    Batch,
+    BlockSampler,
+    ComputeLoss,
+    NumberedPacks,
+    PackedDataset,
+    collate_numbered,
+)
 from training.checkpoints import Checkpoint, Progress, ResumeTerms
 from training.config import SaveInterval, TrainingConfig
-from training.distributed import Ranks, agree_on_any, failing_together, from_main
+from training.distributed import Ranks, agree_on_any, failing_together, from_main, gather_on_all
+from training.ledger import Ledger, RowCounter, refuse_wrong_rows
 from training.owner import LostOwnershipError, Owner
 from training.run import NonFiniteLossError
 from training.run_folder import RunFolder
-from training.schedule import Horizon, learning_rate
+from training.schedule import Horizon, chain_learning_rate
 
 
 def training_arguments(
@@ -147,6 +157,16 @@ def restore_random_states(states: list[Any]) -> None:
         torch.cuda.set_rng_state(state)
 
 
+@dataclass
+class CountRows(TrainerCallback):
+    """Has the rows of an optimizer step counted once it is completed."""
+
+    rows: RowCounter
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.rows.complete_step()
+
+
 class BlockTrainer(Trainer):
     """transformers.Trainer for one block. Call `train_block`."""
 
@@ -177,6 +197,8 @@ class BlockTrainer(Trainer):
         self.start = start
         self.owner = owner
         self.checkpoint = start
+        self.ledger = start.ledger if start else Ledger(rows_per_epoch=len(rows))
+        self.counter = RowCounter()
         self.tokens_of_step = 0
         self.has_settled_buckets = False
         self.uncounted_tokens = 0
@@ -191,7 +213,11 @@ class BlockTrainer(Trainer):
             keeps_random_states=config.gradient_accumulation > 1,
         )
         super().__init__(
-            model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[self.schedule]
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=collate_numbered,
+            callbacks=[CountRows(self.counter), self.schedule],
         )
         self.remove_callback(PrinterCallback)
         # Have the supervised tokens of an optimizer step counted, over micro-batches and ranks.
@@ -228,9 +254,9 @@ class BlockTrainer(Trainer):
             stages=self.train_dataset.packs.stages.tolist(),
         )
         return DataLoader(
-            self.train_dataset,
+            NumberedPacks(self.train_dataset),
             batch_sampler=sampler,  # type: ignore[arg-type]  # arrays of row numbers, which are sequences of them
-            collate_fn=collate,
+            collate_fn=collate_numbered,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=self.args.dataloader_persistent_workers,
@@ -247,6 +273,8 @@ class BlockTrainer(Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.tokens_of_step = sum(batch["input_ids"].numel() for batch in batches)
         self.uncounted_tokens += self.tokens_of_step
+        epoch = self.state.global_step // self.horizon.steps_per_epoch
+        self.counter.begin_step(epoch, [batch.pop(ROW_NUMBERS) for batch in batches])
         return batches, num_items
 
     def training_step(
@@ -292,14 +320,21 @@ class BlockTrainer(Trainer):
         return self.lr_scheduler
 
     def learning_rate(self, step: int, *, peak: float) -> float:
-        total_steps = self.horizon.total_steps
-        return learning_rate(
-            step,
-            peak=peak,
-            schedule=self.config.lr_scheduler,
-            warmup_steps=self.config.warmup_steps(total_steps),
-            total_steps=total_steps,
-        )
+        return chain_learning_rate(step, peak=peak, training=self.config, horizon=self.horizon)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both; the rate of the next step is computed anew, as an extension may have changed it since."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        assert self.lr_scheduler is not None
+        schedule = self.lr_scheduler.state_dict()
+        # Not the optimizer steps: float16's scaler skips some of them, and the schedule with them.
+        factor = self.learning_rate(schedule["last_epoch"], peak=1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.lr_scheduler.load_state_dict({**schedule, "_last_lr": rates})
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Not counted: transformers would walk over all parameters at every micro-batch."""
@@ -362,6 +397,7 @@ class BlockTrainer(Trainer):
             self.uncounted_tokens -= self.tokens_of_step
             self.refuse_damaged_weights()
         self.count_tokens()
+        self.ledger = self.ledger.adding(chain.from_iterable(gather_on_all(self.counter.take())))
         try:
             with failing_together():
                 self.write_state(temporary)
@@ -392,7 +428,25 @@ class BlockTrainer(Trainer):
                 seconds=round(time.monotonic() - started_s, 3),
                 num_bytes=self.checkpoint.num_bytes,
                 path=self.checkpoint.path.name,
+                whole_epochs=self.checkpoint.whole_epochs,
             )
+        self.refuse_new_wrong_epochs(self.checkpoint)
+
+    def refuse_new_wrong_epochs(self, checkpoint: Checkpoint) -> None:
+        """Raise WrongRowsError where an epoch of this block ended without every row once; earlier blocks told theirs.
+
+        The checkpoint is committed already: it holds the evidence, and the user may decide to go on with it.
+        """
+        known = self.start.wrong_epochs if self.start else []
+        wrong = [epoch for epoch in checkpoint.wrong_epochs if epoch not in known]
+        if wrong and self.ranks.is_main:
+            self.folder.record_event(
+                "wrong_rows",
+                step=checkpoint.step,
+                rows_per_epoch=self.ledger.rows_per_epoch,
+                epochs=[{"epoch": epoch.epoch + 1, "rows": epoch.rows} for epoch in wrong],
+            )
+        refuse_wrong_rows(self.ledger, wrong)
 
     def write_state(self, folder: Path) -> None:
         """All that the next block needs: weights, optimizer, schedule, random states of every rank, position."""
@@ -423,6 +477,7 @@ class BlockTrainer(Trainer):
             samples=epoch * rows + min(step_in_epoch * rows_per_step, rows),
             learning_rate=self.learning_rate(step, peak=self.config.lr),
             terms=self.terms,
+            ledger=self.ledger,
         )
 
     def estimated_bytes(self) -> int:
