@@ -73,11 +73,13 @@ class Chain:
 
     def wait_until_trained(self, timeout_s: float = 200) -> None:
         """Return once the last block has ended; the evaluation is not waited for."""
-        self.wait_for("end", lambda: self.is_trained() and self.events("job_end")[-1]["exit_code"] == 0, timeout_s)
+        self.wait_for("end", self.is_trained, timeout_s)
 
     def is_trained(self) -> bool:
         checkpoint, _ = newest_valid(self.run.checkpoints)
-        return checkpoint is not None and checkpoint.step == checkpoint.terms.horizon_steps
+        if checkpoint is None or checkpoint.step < checkpoint.terms.horizon_steps:
+            return False
+        return any(end["step"] == checkpoint.step and end["exit_code"] == 0 for end in self.events("job_end"))
 
     def report(self) -> str:
         logs = [f"== {path.name}\n{path.read_text()[-1500:]}" for path in self.run.logs.glob("*.out")]
