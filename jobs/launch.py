@@ -9,13 +9,14 @@ from pathlib import Path
 import yaml
 
 from jobs.chain import JobKind, Journal, jobs_needed
-from jobs.config import PROJECT, resolved_values
+from jobs.config import PROJECT, RunConfig, resolved_values
 from jobs.local import run_chain_here, sole_owner
 from jobs.plan import Plan
 from jobs.preflight import CheckedRun
 from jobs.queue import QueuedJob, live_jobs, patiently
 from jobs.snapshot import describe_environment, in_snapshot, read_manifest, snapshot_code, write_manifest
 from jobs.submission import ChainSubmission, Outcome
+from mixture.prepare import PreparedData, prepared_folder
 from mixture.whole_files import write_whole
 from settings.typed import changed_keys
 from settings.yaml_tree import ConfigError, Problem, read_config_file
@@ -103,10 +104,12 @@ def compare_with_stored(run: RunFolder, checked: CheckedRun, data_key: str) -> N
         store_config(run, checked)
 
 
-def remaining_jobs(run: RunFolder, *, total_jobs: int, prepared: bool) -> list[JobKind]:
+def remaining_jobs(run: RunFolder, config: RunConfig, data_key: str) -> list[JobKind]:
     """The jobs that finish the run from where it stands."""
+    total_jobs = config.training.total_jobs
     checkpoint, _ = newest_valid(run.checkpoints)
     blocks_done = checkpoint.step * total_jobs // checkpoint.terms.horizon_steps if checkpoint else 0
+    prepared = PreparedData.open(prepared_folder(config.data_folder, data_key)) is not None
     return jobs_needed(prepared=prepared, blocks_left=total_jobs - blocks_done, evaluated=run.done.exists())
 
 
@@ -118,12 +121,17 @@ def submit(run: RunFolder, checked: CheckedRun, plan: Plan, report: Callable[[st
         AlreadyRunningError: another command submits this run right now.
     """
     with sole_owner(run):
-        needed = remaining_jobs(run, total_jobs=checked.config.training.total_jobs, prepared=plan.prepared is not None)
-        submission = ChainSubmission(
-            run=run, run_name=checked.config.name, slurm=checked.config.slurm, by_user=True,
-            report=report, journal=Journal.open(run),
-        )  # fmt: skip
-        return submission.bring_about(needed)
+        return submit_chain(run, checked.config, plan.data_key, report, by_user=True)
+
+
+def submit_chain(
+    run: RunFolder, config: RunConfig, data_key: str, report: Callable[[str], None], *, by_user: bool
+) -> Outcome:
+    """Bring the run's jobs in Slurm in line with what it needs; for the one process that owns the run."""
+    submission = ChainSubmission(
+        run=run, run_name=config.name, slurm=config.slurm, by_user=by_user, report=report, journal=Journal.open(run)
+    )
+    return submission.bring_about(lambda: remaining_jobs(run, config, data_key))
 
 
 def train_here(run: RunFolder, checked: CheckedRun, plan: Plan, watch: Callable[[Callable[[], bool]], None]) -> int:
@@ -135,7 +143,7 @@ def train_here(run: RunFolder, checked: CheckedRun, plan: Plan, watch: Callable[
     with sole_owner(run):
         return run_chain_here(
             run,
-            remaining_jobs(run, total_jobs=checked.config.training.total_jobs, prepared=plan.prepared is not None),
+            remaining_jobs(run, checked.config, plan.data_key),
             num_processes=checked.world_size,
             gpu_id=checked.config.slurm.gpu_id,
             watch=watch,

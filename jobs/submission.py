@@ -63,17 +63,20 @@ class ChainSubmission:
     room: int | None = None
     """How many jobs of the plan Slurm took before it refused one."""
 
-    def bring_about(self, needed: list[JobKind]) -> Outcome:
-        """Submit what is missing of `needed`, each job after the one before; return once all may start.
+    def bring_about(self, needed: Callable[[], list[JobKind]]) -> Outcome:
+        """Submit what the queue lacks of `needed()`, each job after the one before; return once all may start.
+
+        What is needed is asked before every look, since jobs end meanwhile.
 
         Raises:
             RefusedError: Slurm does not want a job; what it accepted before is released and in the journal.
             SlurmError: the controller stayed away.
         """
         for _ in range(MAX_ROUNDS):
+            kinds_needed = needed()
             jobs = self.look()
             queued = [job for job in self.journal.jobs if job.released and is_live(job, jobs)]
-            kinds = jobs_to_submit(needed, self.kinds_to_come(queued, jobs))
+            kinds = jobs_to_submit(kinds_needed, self.kinds_to_come(queued, jobs))
             if self.take_back_evaluation(kinds, queued, jobs):
                 continue
             plan = self.plan(kinds, jobs)

@@ -14,14 +14,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.chain import Journal
 from jobs.config import read_resolved_config
-from jobs.launch import remaining_jobs
+from jobs.launch import submit_chain
 from jobs.local import AlreadyRunningError, sole_owner
 from jobs.queue import RefusedError, SlurmError
 from jobs.snapshot import read_manifest
-from jobs.submission import ChainSubmission, Outcome
-from mixture.prepare import PreparedData, prepared_folder
+from jobs.submission import Outcome
 from training.checkpoints import NoValidCheckpointError
 from training.run_folder import RunFolder
 
@@ -52,15 +50,9 @@ def top_up(run: RunFolder, report: Callable[[str], None]) -> Outcome:
         NoValidCheckpointError: there are checkpoints, and none to go on from.
     """
     config = read_resolved_config(run.config)
-    data = prepared_folder(config.data_folder, read_manifest(run.manifest)["data_key"])
+    data_key = read_manifest(run.manifest)["data_key"]
     with sole_owner(run, patience_s=PATIENCE_S):
-        needed = remaining_jobs(
-            run, total_jobs=config.training.total_jobs, prepared=PreparedData.open(data) is not None
-        )
-        submission = ChainSubmission(
-            run=run, run_name=config.name, slurm=config.slurm, by_user=False, report=report, journal=Journal.open(run)
-        )
-        return submission.bring_about(needed)
+        return submit_chain(run, config, data_key, report, by_user=False)
 
 
 def reason_to_add_nothing(run: RunFolder) -> str | None:
