@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import yaml
@@ -27,6 +28,9 @@ CHANGEABLE = ("slurm.partition", "slurm.time", "slurm.cpus_per_task", "slurm.mem
               "slurm.constraint", "slurm.gpu_id", "slurm.setup", "slurm.extra", "cluster")  # fmt: skip
 """Settings that a run may change on the way: they ask for other machines and leave the training as it is."""
 
+OTHER_COMMAND_S = 30.0
+"""How long to wait for another command, or a job of the chain, that is making the run's folder or submitting."""
+
 
 def open_run_folder(checked: CheckedRun, data_key: str, report: Callable[[str], None]) -> RunFolder:
     """The run's folder, made on the first call and compared on later ones.
@@ -35,16 +39,17 @@ def open_run_folder(checked: CheckedRun, data_key: str, report: Callable[[str], 
         ConfigError: a run of that name has other settings or other data.
     """
     run = RunFolder(checked.config.folder)
-    if run.manifest.exists():
-        compare_with_stored(run, checked, data_key)
-    else:
-        create_run_folder(run, checked, data_key, report)
+    run.path.mkdir(parents=True, exist_ok=True)
+    with sole_owner(run, patience_s=OTHER_COMMAND_S) if not run.manifest.exists() else nullcontext():
+        if run.manifest.exists():
+            compare_with_stored(run, checked, data_key)
+        else:
+            create_run_folder(run, checked, data_key, report)
     return run
 
 
 def create_run_folder(run: RunFolder, checked: CheckedRun, data_key: str, report: Callable[[str], None]) -> None:
     """Snapshot code and settings; the manifest goes last, so an interrupted call is repeated in full."""
-    run.path.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(run.code, ignore_errors=True)
     too_large = snapshot_code(run.code, checked.module.path if checked.module else None)
     if too_large:
@@ -118,9 +123,9 @@ def submit(run: RunFolder, checked: CheckedRun, plan: Plan, report: Callable[[st
 
     Raises:
         SlurmError: Slurm refused a job or does not answer.
-        AlreadyRunningError: another command submits this run right now.
+        AlreadyRunningError: another process works on this run and did not finish.
     """
-    with sole_owner(run):
+    with sole_owner(run, patience_s=OTHER_COMMAND_S):
         return submit_chain(run, checked.config, plan.data_key, report, by_user=True)
 
 

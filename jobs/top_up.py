@@ -1,15 +1,18 @@
 """Keeping a chain supplied from inside its jobs: `python -m jobs.top_up RUN_FOLDER` submits what it still lacks.
 
 On clusters that limit the jobs of a user, the rest of a chain follows this way; and where a block ended before its
-boundary, the block that makes up for it. Start it as a child of the job, and let it end before the job does.
+boundary, the block that makes up for it.
+
+Start it as a child of the job. It takes seconds, but where a limit leaves nothing behind this job it goes on trying;
+SIGTERM or SIGUSR2 ends that, never a submission half way, so a job that ends sends one and waits.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,8 @@ from training.run_folder import RunFolder
 
 OF_THE_JOB = ("SLURM", "SUBMITIT_", "PMI")
 OF_THE_PROCESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+SIGNALS_TO_LEAVE = (signal.SIGTERM, signal.SIGUSR2)
 
 MAX_BLOCKS_WITHOUT_PROGRESS = 3
 PATIENCE_S = 900.0
@@ -86,6 +91,7 @@ def step_of_standstill(run: RunFolder) -> int | None:
 
 def main(arguments: list[str]) -> int:
     """Top up the chain of one run; at a limit with nothing behind this job, try until there is room."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_TO_LEAVE)
     run = RunFolder(Path(*arguments))
     own_id = os.environ.get("SLURM_JOB_ID")
     environment = outside_of_job(os.environ)
@@ -109,9 +115,9 @@ def main(arguments: list[str]) -> int:
         tell(
             f"Slurm takes no more jobs of this user now ({outcome.limit}); {len(outcome.queued)} of the chain are there"
         )
-        if outcome.queued[-1].id != own_id:
+        has_successor = outcome.queued[-1].id != own_id
+        if has_successor or signal.sigtimedwait(SIGNALS_TO_LEAVE, SECONDS_BETWEEN_TRIES) is not None:
             return 0
-        time.sleep(SECONDS_BETWEEN_TRIES)
 
 
 def tell(line: str) -> None:
