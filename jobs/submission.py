@@ -24,6 +24,7 @@ SETTLE_S = 6.0
 AFTER_SILENCE_S = 3.0
 """A controller that answers again works off what waited at its door, perhaps a submission among it."""
 
+AFTER_REFUSAL_S = 1.0
 MAX_TRIES = 5
 MAX_ROUNDS = 20
 RUN_AGAIN = "Run the same command again: it finishes what was begun and submits nothing twice."
@@ -222,6 +223,7 @@ class ChainSubmission:
             call(*command)
         except SlurmError as error:
             self.report(f"{' '.join(command[:2])}: {error}")
+            time.sleep(AFTER_REFUSAL_S)
 
     def outcome(self, queued: list[ChainJob], missing: list[JobKind]) -> Outcome:
         if self.refused is not None and not (self.refused.is_limit and queued):
