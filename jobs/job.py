@@ -35,10 +35,11 @@ from training.run_folder import RunFolder
 from training.schedule import Horizon
 from training.stopping import StopRequested, StopSignals, ignore_stop_signals
 
+BLOCKED_SIGNALS = ("TERM", "USR2")
+"""For processes that take seconds until they handle these; they would kill them before."""
+
 WARNING_MARGIN_S = 60
 """Slurm checks time limits every 30 s, so a warning comes up to that much earlier than asked; and clocks differ."""
-
-TOP_UP_TIMEOUT_S = 300
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def run_job(kind: JobKind, run: RunFolder, signals: StopSignals | None = None) -
     if reason in ("preempted", "time limit", "signal") and "SLURM_JOB_ID" in os.environ:
         go_on_later(run)
     if top_up:
-        top_up.wait(TOP_UP_TIMEOUT_S)
+        top_up.terminate()  # it finishes a submission, and gives up waiting for room
+        top_up.wait()
     return int(code)
 
 
@@ -117,7 +119,8 @@ def start_top_up(run: RunFolder) -> subprocess.Popen[bytes] | None:
     """On Slurm, submit what the chain will lack after this job, beside its work."""
     if "SLURM_JOB_ID" not in os.environ or not is_first_process():
         return None
-    return subprocess.Popen([sys.executable, "-u", "-m", "jobs.top_up", str(run.path)])
+    blocked = [f"--block-signal={name}" for name in BLOCKED_SIGNALS]
+    return subprocess.Popen(["env", *blocked, sys.executable, "-u", "-m", "jobs.top_up", str(run.path)])
 
 
 def stop_reason(run: RunFolder, signals: StopSignals) -> StopReason:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import yaml
@@ -16,11 +17,11 @@ from jobs.preflight import CheckedRun
 from jobs.queue import QueuedJob, live_jobs, patiently
 from jobs.snapshot import describe_environment, in_snapshot, read_manifest, snapshot_code, write_manifest
 from jobs.submission import ChainSubmission, Outcome
+from mixture.prepare import PreparedData, prepared_folder
 from mixture.whole_files import write_whole
 from settings.typed import changed_keys
 from settings.yaml_tree import ConfigError, Problem, read_config_file
 from training.checkpoints import newest_valid
-from training.config import TrainingConfig
 from training.run_folder import RunFolder
 from training.schedule import Horizon
 
@@ -31,6 +32,9 @@ CHANGEABLE = (
 )
 """Settings that a run may change on the way: they ask for other machines and leave the training as it is."""
 
+OTHER_COMMAND_S = 30.0
+"""How long to wait for another command, or a job of the chain, that is making the run's folder or submitting."""
+
 
 def open_run_folder(checked: CheckedRun, data_key: str, report: Callable[[str], None]) -> RunFolder:
     """The run's folder, made on the first call and compared on later ones.
@@ -39,16 +43,17 @@ def open_run_folder(checked: CheckedRun, data_key: str, report: Callable[[str], 
         ConfigError: a run of that name has other settings or other data.
     """
     run = RunFolder(checked.config.folder)
-    if run.manifest.exists():
-        compare_with_stored(run, checked, data_key)
-    else:
-        create_run_folder(run, checked, data_key, report)
+    run.path.mkdir(parents=True, exist_ok=True)
+    with sole_owner(run, patience_s=OTHER_COMMAND_S) if not run.manifest.exists() else nullcontext():
+        if run.manifest.exists():
+            compare_with_stored(run, checked, data_key)
+        else:
+            create_run_folder(run, checked, data_key, report)
     return run
 
 
 def create_run_folder(run: RunFolder, checked: CheckedRun, data_key: str, report: Callable[[str], None]) -> None:
     """Snapshot code and settings; the manifest goes last, so an interrupted call is repeated in full."""
-    run.path.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(run.code, ignore_errors=True)
     too_large = snapshot_code(run.code, checked.module.path if checked.module else None)
     if too_large:
@@ -108,12 +113,13 @@ def compare_with_stored(run: RunFolder, checked: CheckedRun, data_key: str) -> N
         store_config(run, checked.config)
 
 
-def remaining_jobs(run: RunFolder, training: TrainingConfig, *, prepared: bool) -> list[JobKind]:
+def remaining_jobs(run: RunFolder, config: RunConfig, data_key: str) -> list[JobKind]:
     """The jobs that finish the run from where it stands."""
     checkpoint, _ = newest_valid(run.checkpoints)
-    blocks_left = training.num_jobs
+    blocks_left = config.training.num_jobs
     if checkpoint is not None:
-        blocks_left -= checkpoint.step // Horizon.of_chain(training, checkpoint).block_steps
+        blocks_left -= checkpoint.step // Horizon.of_chain(config.training, checkpoint).block_steps
+    prepared = PreparedData.open(prepared_folder(config.data_folder, data_key)) is not None
     return jobs_needed(prepared=prepared, blocks_left=blocks_left, evaluated=run.done.exists())
 
 
@@ -122,15 +128,20 @@ def submit(run: RunFolder, checked: CheckedRun, plan: Plan, report: Callable[[st
 
     Raises:
         SlurmError: Slurm refused a job or does not answer.
-        AlreadyRunningError: another command submits this run right now.
+        AlreadyRunningError: another process works on this run and did not finish.
     """
-    with sole_owner(run):
-        needed = remaining_jobs(run, checked.config.training, prepared=plan.prepared is not None)
-        submission = ChainSubmission(
-            run=run, run_name=checked.config.name, slurm=checked.config.slurm, by_user=True,
-            report=report, journal=Journal.open(run),
-        )  # fmt: skip
-        return submission.bring_about(needed)
+    with sole_owner(run, patience_s=OTHER_COMMAND_S):
+        return submit_chain(run, checked.config, plan.data_key, report, by_user=True)
+
+
+def submit_chain(
+    run: RunFolder, config: RunConfig, data_key: str, report: Callable[[str], None], *, by_user: bool
+) -> Outcome:
+    """Bring the run's jobs in Slurm in line with what it needs; for the one process that owns the run."""
+    submission = ChainSubmission(
+        run=run, run_name=config.name, slurm=config.slurm, by_user=by_user, report=report, journal=Journal.open(run)
+    )
+    return submission.bring_about(lambda: remaining_jobs(run, config, data_key))
 
 
 def train_here(run: RunFolder, checked: CheckedRun, plan: Plan, watch: Callable[[Callable[[], bool]], None]) -> int:
@@ -142,7 +153,7 @@ def train_here(run: RunFolder, checked: CheckedRun, plan: Plan, watch: Callable[
     with sole_owner(run):
         return run_chain_here(
             run,
-            remaining_jobs(run, checked.config.training, prepared=plan.prepared is not None),
+            remaining_jobs(run, checked.config, plan.data_key),
             num_processes=checked.world_size,
             gpu_id=checked.config.slurm.gpu_id,
             watch=watch,

@@ -10,13 +10,11 @@ from typing import Any
 
 from jobs.chain import ChainJob
 from jobs.config import SlurmConfig
-from jobs.job import ChainStep
+from jobs.job import BLOCKED_SIGNALS, ChainStep
 from jobs.queue import SILENCE, NoAnswerError, RefusedError
 from jobs.triage import hosts_to_exclude
 from mixture.whole_files import write_whole
 from training.run_folder import RunFolder
-
-BLOCKED_SIGNALS = ("TERM", "USR2")
 
 
 def submit(job: ChainJob, run: RunFolder, slurm: SlurmConfig) -> str:
@@ -48,7 +46,7 @@ def executor_for(job: ChainJob, run: RunFolder, slurm: SlurmConfig) -> Any:
 
 
 def python_command() -> str:
-    """The interpreter, started with the signals blocked that would kill it in the seconds before it handles them."""
+    """The interpreter, as every task of a job starts it."""
     return shlex.join(["env", *(f"--block-signal={name}" for name in BLOCKED_SIGNALS), sys.executable])
 
 

@@ -24,6 +24,7 @@ SETTLE_S = 6.0
 AFTER_SILENCE_S = 3.0
 """A controller that answers again works off what waited at its door, perhaps a submission among it."""
 
+AFTER_REFUSAL_S = 1.0
 MAX_TRIES = 5
 MAX_ROUNDS = 20
 RUN_AGAIN = "Run the same command again: it finishes what was begun and submits nothing twice."
@@ -63,17 +64,20 @@ class ChainSubmission:
     room: int | None = None
     """How many jobs of the plan Slurm took before it refused one."""
 
-    def bring_about(self, needed: list[JobKind]) -> Outcome:
-        """Submit what is missing of `needed`, each job after the one before; return once all may start.
+    def bring_about(self, needed: Callable[[], list[JobKind]]) -> Outcome:
+        """Submit what the queue lacks of `needed()`, each job after the one before; return once all may start.
+
+        What is needed is asked before every look, since jobs end meanwhile.
 
         Raises:
             RefusedError: Slurm does not want a job; what it accepted before is released and in the journal.
             SlurmError: the controller stayed away.
         """
         for _ in range(MAX_ROUNDS):
+            kinds_needed = needed()
             jobs = self.look()
             queued = [job for job in self.journal.jobs if job.released and is_live(job, jobs)]
-            kinds = jobs_to_submit(needed, self.kinds_to_come(queued, jobs))
+            kinds = jobs_to_submit(kinds_needed, self.kinds_to_come(queued, jobs))
             if self.take_back_evaluation(kinds, queued, jobs):
                 continue
             plan = self.plan(kinds, jobs)
@@ -219,6 +223,7 @@ class ChainSubmission:
             call(*command)
         except SlurmError as error:
             self.report(f"{' '.join(command[:2])}: {error}")
+            time.sleep(AFTER_REFUSAL_S)
 
     def outcome(self, queued: list[ChainJob], missing: list[JobKind]) -> Outcome:
         if self.refused is not None and not (self.refused.is_limit and queued):

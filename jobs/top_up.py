@@ -1,33 +1,36 @@
 """Keeping a chain supplied from inside its jobs: `python -m jobs.top_up RUN_FOLDER` submits what it still lacks.
 
 On clusters that limit the jobs of a user, the rest of a chain follows this way; and where a block ended before its
-boundary, the block that makes up for it. Start it as a child of the job, and let it end before the job does.
+boundary, the block that makes up for it.
+
+Start it as a child of the job. It takes seconds, but where a limit leaves nothing behind this job it goes on trying;
+SIGTERM or SIGUSR2 ends that, never a submission half way, so a job that ends sends one and waits.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from jobs.chain import Journal
 from jobs.config import read_resolved_config
 from jobs.failures import newest_step
-from jobs.launch import remaining_jobs
+from jobs.launch import submit_chain
 from jobs.local import AlreadyRunningError, sole_owner
 from jobs.queue import RefusedError, SlurmError
 from jobs.snapshot import read_manifest
 from jobs.standstill import stands_still
-from jobs.submission import ChainSubmission, Outcome
-from mixture.prepare import PreparedData, prepared_folder
+from jobs.submission import Outcome
 from training.checkpoints import NoValidCheckpointError
 from training.run_folder import RunFolder
 
 OF_THE_JOB = ("SLURM", "SUBMITIT_", "PMI")
 OF_THE_PROCESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+SIGNALS_TO_LEAVE = (signal.SIGTERM, signal.SIGUSR2)
 
 PATIENCE_S = 900.0
 SECONDS_BETWEEN_TRIES = 60.0
@@ -52,13 +55,9 @@ def top_up(run: RunFolder, report: Callable[[str], None]) -> Outcome:
         NoValidCheckpointError: there are checkpoints, and none to go on from.
     """
     config = read_resolved_config(run.config)
-    data = prepared_folder(config.data_folder, read_manifest(run.manifest)["data_key"])
+    data_key = read_manifest(run.manifest)["data_key"]
     with sole_owner(run, patience_s=PATIENCE_S):
-        needed = remaining_jobs(run, config.training, prepared=PreparedData.open(data) is not None)
-        submission = ChainSubmission(
-            run=run, run_name=config.name, slurm=config.slurm, by_user=False, report=report, journal=Journal.open(run)
-        )
-        return submission.bring_about(needed)
+        return submit_chain(run, config, data_key, report, by_user=False)
 
 
 def reason_to_add_nothing(run: RunFolder) -> str | None:
@@ -78,6 +77,7 @@ def reason_to_add_nothing(run: RunFolder) -> str | None:
 
 def main(arguments: list[str]) -> int:
     """Top up the chain of one run; at a limit with nothing behind this job, try until there is room."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_TO_LEAVE)
     run = RunFolder(Path(*arguments))
     own_id = os.environ.get("SLURM_JOB_ID")
     environment = outside_of_job(os.environ)
@@ -101,9 +101,9 @@ def main(arguments: list[str]) -> int:
         tell(
             f"Slurm takes no more jobs of this user now ({outcome.limit}); {len(outcome.queued)} of the chain are there"
         )
-        if outcome.queued[-1].id != own_id:
+        has_successor = outcome.queued[-1].id != own_id
+        if has_successor or signal.sigtimedwait(SIGNALS_TO_LEAVE, SECONDS_BETWEEN_TRIES) is not None:
             return 0
-        time.sleep(SECONDS_BETWEEN_TRIES)
 
 
 def tell(line: str) -> None:

@@ -182,14 +182,12 @@ def test_a_controller_that_stays_away_is_given_up_and_the_next_call_goes_on(
 
 
 def test_two_calls_at_once_submit_one_chain(slurm: SlurmCluster, tmp_path: Path) -> None:
-    submit = start_run(tmp_path)
-    arguments = [str(PROJECT / "configs/test.yaml"), *NOT_NOW, *folders(tmp_path)]
-    both = [subprocess.Popen([PROJECT / "train.sh", *arguments], stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=60)[1] for process in both]
-    assert sorted(process.returncode for process in both) == [0, 64], said
-    assert "run test is being worked on by process" in "".join(said)
+    command = [PROJECT / "train.sh", PROJECT / "configs/test.yaml", *NOT_NOW, *folders(tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sum("already queued: prepare" in text for text in said) == 1
     assert_whole(slurm, RunFolder(tmp_path / "runs/test"))
-    assert submit().untouched
 
 
 def test_running_the_file_again_releases_what_was_held_by_hand_and_a_top_up_does_not(
@@ -235,10 +233,8 @@ def at_most_two_jobs(slurm: SlurmCluster) -> Iterator[SlurmCluster]:
 
 def test_a_chain_longer_than_the_limit_on_jobs_tops_itself_up(at_most_two_jobs: SlurmCluster, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "runs/test")
-    top_up_in_job = f"(cd {run.code} && PYTHONPATH={run.code} {sys.executable} -m jobs.top_up {run.path})"
     answer = train_sh(
-        str(PROJECT / "configs/test.yaml"), *TINY, *folders(tmp_path), "--training.total_jobs", "1",
-        "--slurm.setup", f'["{top_up_in_job}"]', "--wait",
+        str(PROJECT / "configs/test.yaml"), *TINY, *folders(tmp_path), "--training.total_jobs", "1", "--wait",
     )  # fmt: skip
     logs = "\n".join(path.read_text() for path in run.logs.glob("*_log.out"))
     assert answer.returncode == 0, answer.stdout + answer.stderr + logs
@@ -247,6 +243,22 @@ def test_a_chain_longer_than_the_limit_on_jobs_tops_itself_up(at_most_two_jobs: 
     assert run.done.exists()
     starts = [event["kind"] for event in run.events() if event["event"] == "job_start"]
     assert starts == ["prepare", "block", "evaluate"]
+
+
+def test_a_job_without_successor_waits_for_room_until_it_is_told_to_leave(
+    at_most_two_jobs: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "SETTLE_S", 0.2)
+    last = str(start_run(tmp_path)().queued[-1].id)
+    command = [sys.executable, "-u", "-m", "jobs.top_up", str(tmp_path / "runs/test")]
+    environment = os.environ | {"SLURM_JOB_ID": last}
+    with subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "takes no more jobs of this user now (AssocMaxSubmitJobLimit" in process.stdout.readline()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+        process.send_signal(signal.SIGUSR2)
+        assert process.wait(timeout=5) == 0
 
 
 def test_a_node_that_may_not_submit_says_so_in_one_line_and_harms_nothing(
