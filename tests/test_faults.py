@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from jobs.chain import Journal
 from jobs.config import PROJECT
 from training.checkpoints import newest_valid
+from training.ledger import Ledger
 from training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Chain:
     def weights(self) -> dict[str, torch.Tensor]:
         checkpoint, _ = newest_valid(self.run.checkpoints)
         assert checkpoint is not None and checkpoint.step == checkpoint.terms.horizon_steps
+        assert checkpoint.ledger == Ledger(rows_per_epoch=checkpoint.samples // 2, whole_epochs=2)
         return load_file(checkpoint.path / "model.safetensors")
 
     def repeated_steps(self) -> int:
