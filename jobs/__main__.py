@@ -15,8 +15,9 @@ from rich.table import Table
 
 from jobs import launch
 from jobs.config import PROJECT, resolved_values
+from jobs.doctor import run_doctor
+from jobs.exit_code import ExitCode
 from jobs.extend import extend_parser, extend_run, with_stored_extensions
-from jobs.job import ExitCode
 from jobs.local import AlreadyRunningError
 from jobs.plan import Plan, plan_run
 from jobs.preflight import CheckedRun, check_run
@@ -39,6 +40,7 @@ USAGE = """\
 ./train.sh logs NAME        what the last job printed
 ./train.sh extend NAME --jobs N --lr-policy POLICY   go on beyond the horizon; `extend --help` has the policies
 ./train.sh report NAME      report.html: curves over the whole chain, scores, settings
+./train.sh doctor [FILE]    what this cluster does to jobs, and to the run of FILE; --on-node asks a node too
 ./train.sh datasets         the datasets that come along
 
 --section.key VALUE overrides any key of FILE: --training.lr 1e-4 --dataset.data_files PATH --name NAME"""
@@ -120,16 +122,20 @@ def train_here(run: RunFolder, checked: CheckedRun, plan: Plan) -> int:
 
 def submit(run: RunFolder, checked: CheckedRun, plan: Plan, *, wait: bool) -> int:
     watcher = RunWatcher(run, console)
-    known = {job.id for job in launch.queued_jobs(run)}
-    jobs = launch.submit(run, checked, plan, console.print)
-    if known and known == {job.id for job in jobs}:
-        console.print(f"already queued: {', '.join(f'{job.kind} {job.id}' for job in jobs)}", highlight=False)
+    outcome = launch.submit(run, checked, plan, tell)
+    if outcome.untouched:
+        tell(f"already queued: {', '.join(f'{job.kind} {job.id}' for job in outcome.queued)}")
+    if outcome.limit:
+        tell(
+            f"Slurm takes no more jobs of yours now ({outcome.limit}): {len(outcome.queued)} of this chain are queued, "
+            "and each of them submits the next ones when it starts"
+        )
     console.print(
         f"watch it with: ./train.sh status {run.path.name}   ./train.sh logs {run.path.name}", highlight=False
     )
     if not wait:
         return 0
-    watcher.watch(lambda: not launch.queued_jobs(run))
+    watcher.watch(lambda: not launch.queued_jobs(run, tell))
     status = read_status(run)
     show_status(status, console)
     return ExitCode.DONE if status.state == "done" else 1
@@ -186,11 +192,27 @@ def plan_command(arguments: list[str]) -> int:
 
 def prepare_command(arguments: list[str]) -> int:
     """Make the training data of a run, or a mixture from its recipe, here."""
-    if arguments and is_recipe(Path(arguments[0])):
-        return prepare_mixture(arguments)
+    options, overrides = prepare_parser().parse_known_args(arguments)
+    if is_recipe(options.file):
+        return prepare_mixture(options, overrides)
     _, checked = parse_and_check(verb_parser("prepare", "make the training data here and now"), arguments)
     prepare_data(checked)
     return 0
+
+
+def prepare_parser() -> argparse.ArgumentParser:
+    """What `prepare` understands; all but the file is for mixtures."""
+    parser = verb_parser("prepare", "make the training data of a run, or a mixture of many sources, here and now")
+    mixture = parser.add_argument_group("of a mixture")
+    add = mixture.add_argument
+    add("--dry-run", action="store_true", help="show counts, epochs, download and disk; fetch nothing")
+    add("--dataset", metavar="NAME", help="only this source of the recipe, with the rows that it has in the whole")
+    add("--total-samples", type=int, metavar="ROWS", help="rows of the whole mixture")
+    add("--output-dir", type=Path, metavar="DIR", help="where the mixture goes (default: data/mixtures/KEY)")
+    add("--data-dir", type=Path, default=PROJECT / "data", metavar="DIR", help="where sources and mixtures are kept")
+    add("--frozen", type=Path, metavar="LOCK", help="a mixture.lock.json to be met in every source and count")
+    add("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    return parser
 
 
 def is_recipe(file: Path) -> bool:
@@ -198,19 +220,10 @@ def is_recipe(file: Path) -> bool:
     return file.is_file() and "datasets" in read_config_file(file).values
 
 
-def prepare_mixture(arguments: list[str]) -> int:
+def prepare_mixture(options: argparse.Namespace, rest: list[str]) -> int:
     """Plan a mixture, and make it unless only the plan is asked for."""
     from mixture.mixer import run_mixture  # reading rows needs imports that no other verb waits for
 
-    parser = verb_parser("prepare", "mix many sources into one training set")
-    parser.add_argument("--dry-run", action="store_true", help="show counts, epochs, download and disk; fetch nothing")
-    parser.add_argument("--dataset", help="only this source of the recipe")
-    parser.add_argument("--total-samples", type=int, help="rows of the mixture")
-    parser.add_argument("--output-dir", type=Path, help="where the mixture goes (default: data/mixtures/KEY)")
-    parser.add_argument("--data-dir", type=Path, default=PROJECT / "data", help="where sources and mixtures are kept")
-    parser.add_argument("--frozen", type=Path, help="a mixture.lock.json that must be met in every source and count")
-    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
-    options, rest = parser.parse_known_args(arguments)
     overrides = read_overrides(rest)
     if options.total_samples is not None:
         overrides.append((("total_samples",), options.total_samples))
@@ -331,6 +344,11 @@ def report_command(arguments: list[str]) -> int:
     return 0
 
 
+def doctor_command(arguments: list[str]) -> int:
+    """Say what this cluster, or this machine, will do to a run."""
+    return run_doctor(arguments, console)
+
+
 def find_run(name: str) -> RunFolder:
     """A run by name, or by the path of its folder."""
     for path in (PROJECT / "runs" / name, Path(name).resolve()):
@@ -403,6 +421,7 @@ VERBS = {
     "logs": logs_command,
     "extend": extend_command,
     "report": report_command,
+    "doctor": doctor_command,
     "datasets": datasets_command,
     "help": help_command,
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
-from collections.abc import Collection
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,10 +30,16 @@ class ChainJob:
     after: str | None = None
     """Id of the job that this one waits for."""
 
+    released: bool = False
+    """Whether it may start; until its whole submission is known to have arrived it is held."""
+
 
 @dataclass
 class Journal:
-    """chain.json: every submission of a run, written before and after each sbatch."""
+    """chain.json: the jobs of a run in their order, written before and after each sbatch.
+
+    Jobs that are not released yet, at its end, belong to a submission that goes on or was cut off.
+    """
 
     path: Path
     run_id: str
@@ -46,16 +53,43 @@ class Journal:
         content = json.loads(run.chain.read_text(encoding="utf-8"))
         return cls(run.chain, content["run_id"], [ChainJob(**job) for job in content["jobs"]])
 
-    def record(self, job: ChainJob) -> None:
-        """Add a job, or replace what is known of the job of that name."""
-        self.jobs = [known for known in self.jobs if known.name != job.name] + [job]
-        content: dict[str, Any] = {"run_id": self.run_id, "jobs": [asdict(job) for job in self.jobs]}
-        write_whole(self.path, json.dumps(content, indent=2).encode() + b"\n", synced=True)
+    def owns(self, job_name: str) -> bool:
+        """Whether a job of this name belongs to the run, even one that the journal forgot."""
+        return re.fullmatch(rf"baton-.*-{self.run_id}-[a-z]+-\d+", job_name) is not None
 
-    def next_name(self, run_name: str, kind: JobKind) -> str:
-        """A job name that this run has not used yet."""
-        count = sum(job.kind == kind for job in self.jobs) + 1
-        return f"baton-{run_name}-{self.run_id}-{kind}-{count}"
+    def record(self, *jobs: ChainJob) -> None:
+        """Replace what is known of the jobs of these names."""
+        known = {job.name: job for job in jobs}
+        self.write([known.get(job.name, job) for job in self.jobs])
+
+    def plan(self, jobs: Sequence[ChainJob]) -> None:
+        """Make these the jobs that are to be submitted and released, in this order, behind those released already."""
+        self.write([job for job in self.jobs if job.released] + list(jobs))
+
+    def write(self, jobs: list[ChainJob]) -> None:
+        if jobs != self.jobs:
+            content: dict[str, Any] = {"run_id": self.run_id, "jobs": [asdict(job) for job in jobs]}
+            write_whole(self.path, json.dumps(content, indent=2).encode() + b"\n", synced=True)
+            self.jobs = jobs
+
+    def plan_of(self, kinds: Sequence[JobKind], run_name: str) -> list[ChainJob]:
+        """A job for each kind, in order: one that is not released yet where there is one, else a new one."""
+        spare = [job for job in self.jobs if not job.released]
+        plan: list[ChainJob] = []
+        for kind in kinds:
+            job = next((job for job in spare if job.kind == kind), None)
+            if job is None:
+                job = ChainJob(kind=kind, name=next_name(self.run_id, run_name, kind, [*self.jobs, *plan]))
+            else:
+                spare.remove(job)
+            plan.append(job)
+        return plan
+
+
+def next_name(run_id: str, run_name: str, kind: JobKind, jobs: Sequence[ChainJob]) -> str:
+    """A job name that none of these jobs has."""
+    numbers = [int(job.name.rpartition("-")[2]) for job in jobs if job.kind == kind]
+    return f"baton-{run_name}-{run_id}-{kind}-{max(numbers, default=0) + 1}"
 
 
 def jobs_needed(*, prepared: bool, blocks_left: int, evaluated: bool) -> list[JobKind]:
@@ -66,16 +100,29 @@ def jobs_needed(*, prepared: bool, blocks_left: int, evaluated: bool) -> list[Jo
     return preparation + blocks + evaluation
 
 
-def jobs_to_submit(needed: list[JobKind], queued: Collection[JobKind]) -> list[JobKind]:
+def jobs_to_submit(needed: list[JobKind], queued: list[JobKind]) -> list[JobKind]:
     """What to add behind the jobs that are queued or running already.
 
-    An evaluation that would run before blocks still missing is followed by another one after them.
+    An evaluation that would run before blocks, queued or still missing, is followed by another one after them.
     """
     missing: list[JobKind] = []
     waiting = list(queued)
     for kind in needed:
-        if kind in waiting and not (kind == "evaluate" and missing):
+        in_place = kind in waiting if kind != "evaluate" else not missing and queued[-1:] == ["evaluate"]
+        if in_place:
             waiting.remove(kind)
         else:
             missing.append(kind)
     return missing
+
+
+def ending_jobs(events: Iterable[dict[str, Any]]) -> set[str]:
+    """Ids of the jobs that have done all they will do, though some may not have left yet."""
+    ending: set[str] = set()
+    for event in events:
+        match event["event"]:
+            case "job_start":  # again under the same id, where Slurm requeued it
+                ending.discard(event["job"])
+            case "block_end" | "job_end":
+                ending.add(event["job"])
+    return ending

@@ -50,7 +50,7 @@ def extend_run(run: RunFolder, *, jobs: int, lr_policy: ExtensionPolicy, report:
         SlurmError: jobs were submitted, and Slurm does not say whether they still are there.
     """
     with sole_owner(run):
-        refuse_live_jobs(run)
+        refuse_live_jobs(run, report)
         config = read_resolved_config(run.config)
         refuse_other_world_size(run, config)
         checkpoint, _ = newest_valid(run.checkpoints)
@@ -68,8 +68,8 @@ def extend_run(run: RunFolder, *, jobs: int, lr_policy: ExtensionPolicy, report:
     return stored_run(run)
 
 
-def refuse_live_jobs(run: RunFolder) -> None:
-    jobs = queued_jobs(run)
+def refuse_live_jobs(run: RunFolder, report: Callable[[str], None]) -> None:
+    jobs = queued_jobs(run, report)
     if jobs:
         named = ", ".join(f"{job.id} ({job.state.lower()})" for job in jobs)
         raise AlreadyRunningError(

@@ -10,49 +10,31 @@ import os
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 from jobs.chain import JobKind
 from jobs.config import RunConfig, read_resolved_config
+from jobs.exit_code import ExitCode
+from jobs.failures import account_for_failure, account_for_silent_end, exit_code_of, newest_step, report_failure
 from jobs.ownership import OwnedElsewhereError, take_ownership
 from jobs.preflight import preparation_request
 from jobs.report import write_report
 from jobs.requeue import StopReason, requeue, wait_for_the_end, why_stopped
 from jobs.snapshot import in_snapshot, read_manifest
+from jobs.standstill import MAX_STARTS_WITHOUT_PROGRESS, stands_still
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparedData, prepare, prepared_folder
 from mixture.recipe import Mixture
 from mixture.whole_files import write_whole
-from training.checkpoints import NoValidCheckpointError, newest_valid
+from training.checkpoints import newest_valid
 from training.owner import LostOwnershipError, Owner
-from training.run import FinetuningRun, NonFiniteLossError
+from training.run import FinetuningRun
 from training.run_folder import RunFolder
 from training.schedule import Horizon
 from training.stopping import StopRequested, StopSignals, ignore_stop_signals
 
-
-class ExitCode(IntEnum):
-    """What a job's exit status tells the chain; anything else is a crash, which the next block makes good."""
-
-    DONE = 0
-    BAD_INPUT = 64
-    LOSS_NOT_FINITE = 65
-    STOPPED_EARLY = 75
-    NO_VALID_CHECKPOINT = 76
-
-    @property
-    def halts(self) -> bool:
-        """Whether another try would end the same way."""
-        return self in (ExitCode.BAD_INPUT, ExitCode.LOSS_NOT_FINITE, ExitCode.NO_VALID_CHECKPOINT)
-
-
-CRASHED = 1
-MAX_STARTS_WITHOUT_PROGRESS = 2
 WARNING_MARGIN_S = 60
 """Slurm checks time limits every 30 s, so a warning comes up to that much earlier than asked; and clocks differ."""
 
@@ -104,6 +86,7 @@ def run_job(kind: JobKind, run: RunFolder, signals: StopSignals | None = None) -
     top_up = None
     if is_first_process():
         restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        account_for_silent_end(run)
         run.record_event("job_start", kind=kind, pid=os.getpid(), restart=restart, step=newest_step(run))
     try:
         signals.arm()
@@ -118,7 +101,9 @@ def run_job(kind: JobKind, run: RunFolder, signals: StopSignals | None = None) -
             code, reason = ExitCode.STOPPED_EARLY, stop_reason(run, signals)
         else:
             code, reason = exit_code_of(error), None
-            report_failure(run, kind, code, error)
+            words = report_failure(run, kind, error)
+            if is_first_process():
+                account_for_failure(run, kind, error, words)
     if is_first_process():
         record_end(run, kind, code, started, reason)
     if reason in ("preempted", "time limit", "signal") and "SLURM_JOB_ID" in os.environ:
@@ -319,62 +304,17 @@ def training_finished(context: JobContext) -> bool:
     return checkpoint is not None and checkpoint.step >= Horizon.of_chain(training, checkpoint).total_steps
 
 
-def newest_step(run: RunFolder) -> int:
-    """Optimizer steps that a resumed block would not have to repeat."""
-    try:
-        checkpoint, _ = newest_valid(run.checkpoints)
-    except NoValidCheckpointError:
-        return 0
-    return checkpoint.step if checkpoint else 0
-
-
 def refuse_standstill(run: RunFolder) -> None:
     """Raise ValueError where the last blocks all started from where this one does, so that it would end like them."""
     step = newest_step(run)
-    starts = starts_that_count(run.events())[:-1]
-    if starts[-MAX_STARTS_WITHOUT_PROGRESS:] == [step] * MAX_STARTS_WITHOUT_PROGRESS:
+    earlier = list(run.events())
+    while earlier and earlier.pop()["event"] != "job_start":  # this block's own start, and what came with it
+        pass
+    if stands_still(earlier, step):
         raise ValueError(
             f"{MAX_STARTS_WITHOUT_PROGRESS} blocks in a row made no new checkpoint after step {step}; see logs/. "
             "Where they met the time limit, ask for more slurm.time or save more often (training.save_every)"
         )
-
-
-def starts_that_count(events: Iterable[dict[str, Any]]) -> list[int]:
-    """The step from which each block since the user's last word started, but for those that were taken off their node.
-
-    Starts are counted and not ends: a block that is killed leaves no word.
-    """
-    starts: list[int] = []
-    for event in events:
-        match event:
-            case {"event": "started_by_user"}:
-                starts = []
-            case {"event": "job_start", "kind": "block"}:
-                starts.append(event["step"])
-            case {"event": "job_end", "kind": "block", "exit_code": ExitCode.STOPPED_EARLY} if starts:
-                if event.get("reason") != "time limit":
-                    starts.pop()
-    return starts
-
-
-def exit_code_of(error: Exception) -> int:
-    if isinstance(error, NoValidCheckpointError):
-        return ExitCode.NO_VALID_CHECKPOINT
-    if isinstance(error, NonFiniteLossError):
-        return ExitCode.LOSS_NOT_FINITE
-    return ExitCode.BAD_INPUT if isinstance(error, ValueError) else CRASHED
-
-
-def report_failure(run: RunFolder, kind: JobKind, code: int, error: Exception) -> None:
-    """Details into the log, one line for the user at its end; a HALT file where a retry cannot help."""
-    traceback.print_exc()
-    message = str(error).strip() or type(error).__name__
-    reason = f"{kind}: {' '.join(line.strip() for line in message.splitlines())}"
-    print(f"error: {reason}", file=sys.stderr, flush=True)
-    if is_first_process():
-        run.record_event("error", kind=kind, exit_code=int(code), message=reason)
-        if code in set(ExitCode) and ExitCode(code).halts:
-            write_whole(run.halt, f"{reason}\n".encode(), synced=True)
 
 
 def is_first_process() -> bool:

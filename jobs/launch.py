@@ -8,18 +8,19 @@ from pathlib import Path
 
 import yaml
 
-from jobs.chain import ChainJob, JobKind, Journal, jobs_needed
+from jobs.chain import JobKind, Journal, jobs_needed
 from jobs.config import PROJECT, RunConfig, resolved_values
 from jobs.local import run_chain_here, sole_owner
 from jobs.plan import Plan
 from jobs.preflight import CheckedRun
-from jobs.queue import QueuedJob, live_jobs
-from jobs.slurm import submit_chain
+from jobs.queue import QueuedJob, live_jobs, patiently
 from jobs.snapshot import describe_environment, in_snapshot, read_manifest, snapshot_code, write_manifest
+from jobs.submission import ChainSubmission, Outcome
 from mixture.whole_files import write_whole
 from settings.typed import changed_keys
 from settings.yaml_tree import ConfigError, Problem, read_config_file
 from training.checkpoints import newest_valid
+from training.config import TrainingConfig
 from training.run_folder import RunFolder
 from training.schedule import Horizon
 
@@ -107,31 +108,29 @@ def compare_with_stored(run: RunFolder, checked: CheckedRun, data_key: str) -> N
         store_config(run, checked.config)
 
 
-def remaining_jobs(run: RunFolder, checked: CheckedRun, plan: Plan) -> list[JobKind]:
+def remaining_jobs(run: RunFolder, training: TrainingConfig, *, prepared: bool) -> list[JobKind]:
     """The jobs that finish the run from where it stands."""
     checkpoint, _ = newest_valid(run.checkpoints)
-    training = checked.config.training
     blocks_left = training.num_jobs
     if checkpoint is not None:
         blocks_left -= checkpoint.step // Horizon.of_chain(training, checkpoint).block_steps
-    return jobs_needed(prepared=plan.prepared is not None, blocks_left=blocks_left, evaluated=run.done.exists())
+    return jobs_needed(prepared=prepared, blocks_left=blocks_left, evaluated=run.done.exists())
 
 
-def submit(run: RunFolder, checked: CheckedRun, plan: Plan, report: Callable[[str], None]) -> list[ChainJob]:
-    """Submit what is missing of the chain; returns its queued jobs.
+def submit(run: RunFolder, checked: CheckedRun, plan: Plan, report: Callable[[str], None]) -> Outcome:
+    """Submit what is missing of the chain, or finish a submission that was cut off.
 
     Raises:
         SlurmError: Slurm refused a job or does not answer.
         AlreadyRunningError: another command submits this run right now.
     """
     with sole_owner(run):
-        return submit_chain(
-            run,
-            run_name=checked.config.name,
-            slurm=checked.config.slurm,
-            needed=remaining_jobs(run, checked, plan),
-            report=report,
-        )
+        needed = remaining_jobs(run, checked.config.training, prepared=plan.prepared is not None)
+        submission = ChainSubmission(
+            run=run, run_name=checked.config.name, slurm=checked.config.slurm, by_user=True,
+            report=report, journal=Journal.open(run),
+        )  # fmt: skip
+        return submission.bring_about(needed)
 
 
 def train_here(run: RunFolder, checked: CheckedRun, plan: Plan, watch: Callable[[Callable[[], bool]], None]) -> int:
@@ -143,7 +142,7 @@ def train_here(run: RunFolder, checked: CheckedRun, plan: Plan, watch: Callable[
     with sole_owner(run):
         return run_chain_here(
             run,
-            remaining_jobs(run, checked, plan),
+            remaining_jobs(run, checked.config.training, prepared=plan.prepared is not None),
             num_processes=checked.world_size,
             gpu_id=checked.config.slurm.gpu_id,
             watch=watch,
@@ -167,6 +166,10 @@ def runs_in(folder: Path) -> list[RunFolder]:
     return sorted(found, key=lambda run: run.manifest.stat().st_mtime, reverse=True)
 
 
-def queued_jobs(run: RunFolder) -> list[QueuedJob]:
-    """The run's jobs that Slurm holds or runs."""
-    return live_jobs(Journal.open(run)) if run.chain.exists() else []
+def queued_jobs(run: RunFolder, report: Callable[[str], None]) -> list[QueuedJob]:
+    """The run's jobs that are queued or running; waits for a controller that is away.
+
+    Raises:
+        SlurmError: it stayed away.
+    """
+    return patiently(lambda: live_jobs(Journal.open(run)), report)

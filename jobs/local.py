@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from jobs.chain import JobKind
-from jobs.job import ExitCode, newest_step
+from jobs.exit_code import ExitCode
+from jobs.failures import newest_step
 from training.run_folder import RunFolder
 
 
@@ -21,22 +23,32 @@ class AlreadyRunningError(RuntimeError):
 
 
 @contextmanager
-def sole_owner(run: RunFolder) -> Iterator[None]:
+def sole_owner(run: RunFolder, *, patience_s: float = 0.0) -> Iterator[None]:
     """Hold the run folder's lock, so that two commands never submit or train the same run at once.
 
     Raises:
-        AlreadyRunningError: names the process that holds it.
+        AlreadyRunningError: names the process that holds it, and still does after `patience_s`.
     """
+    deadline_s = time.monotonic() + patience_s
     with (run.path / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise AlreadyRunningError(f"run {run.path.name} is being worked on by {lock.read().strip()}") from None
+        while not locked(lock):
+            if time.monotonic() > deadline_s:
+                lock.seek(0)
+                raise AlreadyRunningError(f"run {run.path.name} is being worked on by {lock.read().strip()}")
+            time.sleep(0.2)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         lock.flush()
         yield
+
+
+def locked(lock: TextIO) -> bool:
+    """Whether the file's lock is ours now."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def run_chain_here(

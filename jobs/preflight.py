@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from jobs.cluster import SilentControllerError, read_partitions
 from jobs.config import PROJECT, RunConfig, read_tree, run_config
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile, check_module, resolve_module
@@ -283,31 +284,24 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"no permission to write in {nearest}; name another folder")
 
 
-def check_partition(partition: str | None, limit_minutes: int | None) -> None:
-    """Raise ValueError where the partition does not exist or has a shorter limit. A silent controller passes."""
-    answer = subprocess.run(["sinfo", "-h", "-o", "%R|%l"], capture_output=True, text=True, timeout=60)
-    if answer.returncode != 0:
+def check_partition(wanted: str | None, limit_minutes: int | None) -> None:
+    """Raise ValueError where a wanted partition does not exist, or it or the default one has a shorter limit.
+
+    A silent controller passes.
+    """
+    try:
+        partitions = {partition.name: partition for partition in read_partitions()}
+    except SilentControllerError:
         return  # submission will wait for the controller, and name it if it stays away
-    limits = dict(line.split("|") for line in answer.stdout.split())
-    if partition is None:
-        return
-    for name in partition.split(","):
-        if name not in limits:
-            raise ValueError(f"slurm.partition {name} does not exist; there are {', '.join(sorted(limits))}")
-        longest = partition_minutes(limits[name])
+    default = [name for name, partition in partitions.items() if partition.is_default]
+    for name in wanted.split(",") if wanted else default:
+        if name not in partitions:
+            raise ValueError(f"slurm.partition {name} does not exist; there are {', '.join(sorted(partitions))}")
+        longest = partitions[name].max_minutes
         if limit_minutes is not None and longest is not None and limit_minutes > longest:
             raise ValueError(
                 f"slurm.time is {limit_minutes} min, and {name} allows {longest} min (its jobs never start)"
             )
-
-
-def partition_minutes(text: str) -> int | None:
-    """sinfo's time limit in minutes; None where there is no limit."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if not match:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return (days * 24 + hours) * 60 + minutes + (seconds > 0)
 
 
 def context_notes(config: RunConfig) -> list[str]:

@@ -1,18 +1,23 @@
-"""What Slurm says of a run's jobs: which are queued or running, and why one waits."""
+"""Asking Slurm and telling it what to do: one call, or with patience until a controller that is away is back."""
 
 from __future__ import annotations
 
+import re
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from jobs.chain import Journal
 
+HELD_BY_USER = "JobHeldUser"
 PENDING_REASONS = {
     "Dependency": "waits for the job before it",
     "Priority": "other jobs come first",
     "Resources": "waits for free nodes",
     "DependencyNeverSatisfied": "the job it waits for has failed; run the file again",
-    "JobHeldUser": "held by you (scontrol release)",
+    HELD_BY_USER: "held by you; scontrol release, or run the file again",
     "JobHeldAdmin": "held by an administrator",
     "BeginTime": "its start time has not come",
     "QOSMaxJobsPerUserLimit": "you have as many jobs running as your QOS allows",
@@ -21,9 +26,42 @@ PENDING_REASONS = {
     "PartitionTimeLimit": "asks for more time than the partition gives",
 }
 
+SILENCE = re.compile(
+    r"unable to contact|connection|timed out|zero bytes|message (send|receive)|unexpected message|header lengths"
+    r"|standby|authentication (error|credential)|munge|unable to create job record",
+    re.IGNORECASE,
+)
+"""Words of Slurm's commands when the controller did not answer, so that nobody knows what it has done."""
+
+SUBMIT_LIMIT = re.compile(r"(Max|Grp)Submit|resource temporarily unavailable", re.IGNORECASE)
+"""Words of sbatch at a limit on submitted jobs: of user, account or QOS, or (after two minutes) of the controller."""
+
+LIVE_STATES = frozenset(
+    """PENDING CONFIGURING RUNNING SUSPENDED STOPPED SIGNALING STAGE_OUT COMPLETING RESIZING REQUEUED REQUEUE_HOLD
+    REQUEUE_FED SPECIAL_EXIT RESV_DEL_HOLD""".split()  # noqa: SIM905
+)
+PATIENCE_S = 600.0
+SECONDS_BETWEEN_CALLS = 1.0
+SECONDS_BETWEEN_WORDS = 30.0
+
+Answer = TypeVar("Answer")
+
 
 class SlurmError(RuntimeError):
     """Slurm refused a job, or did not answer."""
+
+
+class RefusedError(SlurmError):
+    """Slurm answered, and would not do it."""
+
+    @property
+    def is_limit(self) -> bool:
+        """Whether it takes more such jobs once others have left."""
+        return SUBMIT_LIMIT.search(str(self)) is not None
+
+
+class NoAnswerError(SlurmError):
+    """The controller did not answer. That never means that there is no such job, or that a request was not obeyed."""
 
 
 @dataclass(frozen=True)
@@ -36,25 +74,97 @@ class QueuedJob:
     reason: str
     nodes: str
     elapsed: str
+    dependency: str
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the job is queued or running."""
+        return self.state in LIVE_STATES
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether its processes have ended and Slurm is cleaning up."""
+        return self.state == "COMPLETING"
+
+    @property
+    def waits(self) -> bool:
+        """Whether the job has not started."""
+        return self.state == "PENDING"
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the job waits for `scontrol release`."""
+        return self.waits and self.reason == HELD_BY_USER
+
+    @property
+    def dependencies(self) -> list[str]:
+        """What it still waits for, as sbatch was told, for example `afterany:12`."""
+        return [] if self.dependency == "(null)" else [part.partition("(")[0] for part in self.dependency.split(",")]
 
     @property
     def reason_in_words(self) -> str:
         """Why the job does not run yet, for people."""
-        return PENDING_REASONS.get(self.reason, self.reason) if self.state == "PENDING" else ""
+        return PENDING_REASONS.get(self.reason, self.reason) if self.waits else ""
+
+
+def call(*command: str) -> str:
+    """What one of Slurm's commands prints.
+
+    Raises:
+        NoAnswerError: the controller did not answer.
+        RefusedError: it did, and refused, in its own words.
+    """
+    answer = subprocess.run(command, capture_output=True, text=True)
+    if answer.returncode != 0:
+        words = "; ".join(answer.stderr.split("\n")).strip("; ")
+        raise NoAnswerError(words) if SILENCE.search(words) else RefusedError(words)
+    return answer.stdout
+
+
+def known_jobs(journal: Journal) -> list[QueuedJob]:
+    """The run's jobs in Slurm, found by name; those that ended stay known for some minutes (MinJobAge).
+
+    Raises:
+        NoAnswerError: the controller does not answer.
+    """
+    if not journal.jobs:
+        return []
+    try:
+        listing = call("squeue", "-h", "--me", "-t", "all", "-o", "%i|%j|%T|%r|%N|%M|%E")
+    except SlurmError as error:
+        raise NoAnswerError(f"Slurm does not answer: {error}") from None
+    jobs = [QueuedJob(*line.split("|")) for line in listing.splitlines() if line.count("|") == 6]
+    return [job for job in jobs if journal.owns(job.name)]
 
 
 def live_jobs(journal: Journal) -> list[QueuedJob]:
     """The run's jobs that are queued or running.
 
     Raises:
-        SlurmError: the controller does not answer; that never counts as "no such job".
+        NoAnswerError: the controller does not answer; that never counts as "no such job".
     """
-    names = {job.name for job in journal.jobs}
-    if not names:
-        return []
-    command = ["squeue", "-h", "--me", "-o", "%i|%j|%T|%r|%N|%M"]
-    answer = subprocess.run(command, capture_output=True, text=True)
-    if answer.returncode != 0:
-        raise SlurmError(f"Slurm does not answer: {answer.stderr.strip()}")
-    jobs = [QueuedJob(*line.split("|")) for line in answer.stdout.splitlines()]
-    return [job for job in jobs if job.name in names]
+    return [job for job in known_jobs(journal) if job.is_live]
+
+
+def patiently(ask: Callable[[], Answer], report: Callable[[str], None]) -> Answer:
+    """The answer to `ask`, asked again while the controller is away; a line of progress every half minute.
+
+    Raises:
+        SlurmError: there was no answer for ten minutes.
+    """
+    started = time.monotonic()
+    next_words = started
+    while True:
+        try:
+            return ask()
+        except NoAnswerError as error:
+            waited_s = time.monotonic() - started
+            if waited_s > PATIENCE_S:
+                raise SlurmError(
+                    f"{error}; gave up after {waited_s / 60:.0f} min. Run the same command again once Slurm is back; "
+                    "it finishes what was begun and submits nothing twice."
+                ) from None
+            if time.monotonic() >= next_words:
+                report(f"{error}; waiting for it, {PATIENCE_S / 60:.0f} min at most")
+                next_words = time.monotonic() + SECONDS_BETWEEN_WORDS
+        time.sleep(SECONDS_BETWEEN_CALLS)

@@ -7,16 +7,16 @@ of the chain wait for. In any other state Slurm has decided: to requeue a cancel
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from jobs.queue import SlurmError
+from jobs.queue import RefusedError, SlurmError, call
 from training.run_folder import RunFolder
 
 LIVE = ("RUNNING", "SIGNALING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING")
@@ -26,7 +26,6 @@ RESTART_AFTER_S = 5
 """Slurm lets a requeued job wait for two minutes, which its owner may shorten. Not to nothing: a start within the same
 second as the requeue fails with "Job credential revoked"."""
 
-ANSWER_TIMEOUT_S = 30.0
 ATTEMPTS = 6
 PAUSE_S = 2.0
 LINGER_S = 600.0
@@ -40,6 +39,9 @@ class SlurmJob:
 
     id: str
     state: str
+    exit_code: int
+    """As in a shell, or minus the number of the signal that ended it."""
+
     is_preempted: bool
     seconds_left: float | None
     """Until the time limit; None without one."""
@@ -61,9 +63,11 @@ class SlurmJob:
 def read_job(description: str) -> SlurmJob:
     """The line that `scontrol show job -o` prints."""
     fields = dict(re.findall(r"(\w+)=(\S*)", description))
+    status, _, signal_number = fields["ExitCode"].partition(":")
     return SlurmJob(
         id=fields["JobId"],
         state=fields["JobState"],
+        exit_code=-int(signal_number) if int(signal_number or 0) else int(status),
         is_preempted=fields.get("PreemptTime", "None") not in ("None", "N/A", "Unknown", ""),
         seconds_left=seconds_until(fields.get("EndTime", "Unknown")),
     )
@@ -84,16 +88,12 @@ def ask_slurm(job_id: str) -> SlurmJob | None:
         SlurmError: it does not answer, which never means that there is no job.
         FileNotFoundError: there is no scontrol here, as in some containers.
     """
-    command = ["scontrol", "show", "job", "-o", job_id]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        raise SlurmError(f"no answer within {ANSWER_TIMEOUT_S:.0f} s") from None
-    if answer.returncode == 0:
-        return read_job(answer.stdout)
-    if "Invalid job id" in answer.stderr:
-        return None
-    raise SlurmError(answer.stderr.strip())
+        return read_job(call("scontrol", "show", "job", "-o", job_id))
+    except RefusedError as error:
+        if "Invalid job id" in str(error):
+            return None
+        raise
 
 
 def why_stopped(run: RunFolder, *, warning_s: float) -> StopReason:
@@ -130,12 +130,14 @@ def requeue(job_id: str, report: Callable[[str], None]) -> bool:
             return False
         if job is None or not job.is_live:
             return False
-        answer = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True)
-        if answer.returncode == 0:
-            start = f"StartTime=now+{RESTART_AFTER_S}seconds"
-            subprocess.run(["scontrol", "update", f"JobId={job_id}", start], capture_output=True)
-            return True
-        report(f"scontrol requeue: {answer.stderr.strip()}")
+        try:
+            call("scontrol", "requeue", job_id)
+        except SlurmError as error:
+            report(f"scontrol requeue: {error}")
+            continue
+        with contextlib.suppress(SlurmError):  # then it starts in two minutes
+            call("scontrol", "update", f"JobId={job_id}", f"StartTime=now+{RESTART_AFTER_S}seconds")
+        return True
     return False
 
 

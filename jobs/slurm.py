@@ -1,76 +1,50 @@
-"""Submitting the chain through submitit."""
+"""Submitting one job of the chain through submitit."""
 
 from __future__ import annotations
 
+import pickle
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.chain import ChainJob, JobKind, Journal, jobs_to_submit
+from jobs.chain import ChainJob
 from jobs.config import SlurmConfig
 from jobs.job import ChainStep
-from jobs.queue import QueuedJob, SlurmError, live_jobs
+from jobs.queue import SILENCE, NoAnswerError, RefusedError
+from jobs.triage import hosts_to_exclude
+from mixture.whole_files import write_whole
 from training.run_folder import RunFolder
 
 BLOCKED_SIGNALS = ("TERM", "USR2")
 
 
-def submit_chain(
-    run: RunFolder, *, run_name: str, slurm: SlurmConfig, needed: list[JobKind], report: Callable[[str], None]
-) -> list[ChainJob]:
-    """Submit what the queue lacks of `needed`, each job after the one before; returns all queued jobs of the chain.
-
-    Raises:
-        SlurmError: sbatch refused a job. What was accepted stays queued and is in the journal, so that the same
-            call later adds the rest and nothing twice.
-    """
-    journal = Journal.open(run)
-    live = live_jobs(journal)
-    adopt_unanswered(journal, live, run)
-    queued = [job for job in journal.jobs if job.id in {job.id for job in live}]
-    missing = jobs_to_submit(needed, [job.kind for job in queued])
-    previous = queued[-1].id if queued else None
-    for position, kind in enumerate(missing):
-        job = ChainJob(kind=kind, name=journal.next_name(run_name, kind), after=previous)
-        journal.record(job)
-        try:
-            job = replace(job, id=submit(job, run, slurm))
-        except SlurmError as error:
-            raise SlurmError(refusal(error, queued, missing[position:])) from None
-        journal.record(job)
-        report(f"submitted {kind} as job {job.id}" + (f", after {previous}" if previous else ""))
-        queued.append(job)
-        previous = job.id
-    return queued
-
-
-def refusal(error: Exception, queued: list[ChainJob], missing: list[JobKind]) -> str:
-    kept = f"job{'s' if len(queued) > 1 else ''} {', '.join(str(job.id) for job in queued)} stay queued and will train"
-    return (
-        f"Slurm refused the next job ({missing[0]}): {error}. "
-        f"{kept if queued else 'Nothing is queued'}; {len(missing)} more needed. "
-        "Run the same command again to add the rest; nothing is submitted twice."
-    )
-
-
 def submit(job: ChainJob, run: RunFolder, slurm: SlurmConfig) -> str:
-    """Submit one job; returns its id.
+    """Submit one job, held; returns its id.
 
     Raises:
-        SlurmError: with sbatch's own words.
+        RefusedError: with sbatch's own words.
+        NoAnswerError: Slurm may have the job or not.
     """
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    try:
+        return str(executor_for(job, run, slurm).submit(ChainStep(job.kind, str(run.path))).job_id)
+    except FailedSubmissionError as error:
+        raise NoAnswerError(str(error)) from None
+    except FailedJobError as error:
+        words = sbatch_words(str(error))
+        raise (RefusedError(words) if words and not SILENCE.search(words) else NoAnswerError(words)) from None
+
+
+def executor_for(job: ChainJob, run: RunFolder, slurm: SlurmConfig) -> Any:
+    """submitit's executor for one job: a fresh one each time, because one of them waits 0.2 s between its jobs."""
     import submitit
 
     run.logs.mkdir(parents=True, exist_ok=True)
     executor = submitit.SlurmExecutor(folder=run.logs, python=python_command())
-    try:
-        executor.update_parameters(**sbatch_parameters(job, run, slurm))
-        return str(executor.submit(ChainStep(job.kind, str(run.path))).job_id)
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-        raise SlurmError(sbatch_words(str(error))) from None
+    executor.update_parameters(**sbatch_parameters(job, run, slurm))
+    return executor
 
 
 def python_command() -> str:
@@ -101,22 +75,36 @@ def sbatch_parameters(job: ChainJob, run: RunFolder, slurm: SlurmConfig) -> dict
         "account": slurm.account,
         "qos": slurm.qos,
         "constraint": slurm.constraint,
+        "exclude": excluded_hosts(run, slurm) or None,
         "job_name": job.name,
-        # `afterany`, not `afterok`: blocks are index-free and check the run folder themselves, so a crashed block is
-        # made good by the next one, and a halted chain ends its jobs one after another instead of pending for ever.
-        "dependency": f"afterany:{job.after}" if job.after else None,
+        "dependency": dependency_on(job.after) or None,
         "setup": setup_lines(run, slurm),
         "stderr_to_stdout": True,
         "signal_delay_s": slurm.warning_seconds,
         "srun_args": srun_arguments(slurm),
         "additional_parameters": {
+            "hold": True,
             "requeue": True,
             "kill_on_invalid_dep": "yes",
             "chdir": str(run.code),
-            **{name.replace("-", "_"): value for name, value in slurm.extra.items()},
+            **{name.replace("-", "_"): value for name, value in slurm.extra.items() if name != "exclude"},
         },
     }
     return {name: value for name, value in options.items() if value is not None} | time_limit(slurm)
+
+
+def excluded_hosts(run: RunFolder, slurm: SlurmConfig) -> str:
+    """The hosts that the user excludes, and those that have failed this run."""
+    return ",".join(filter(None, [str(slurm.extra.get("exclude", "")), *hosts_to_exclude(run.events())]))
+
+
+def dependency_on(job_id: str | None) -> str:
+    """How a job waits for the one before it; empty where there is none.
+
+    `afterany`, not `afterok`: blocks are index-free and check the run folder themselves, so a crashed block is made
+    good by the next one, and a halted chain ends its jobs one after another instead of pending for ever.
+    """
+    return f"afterany:{job_id}" if job_id else ""
 
 
 def srun_arguments(slurm: SlurmConfig) -> list[str]:
@@ -137,14 +125,14 @@ def setup_lines(run: RunFolder, slurm: SlurmConfig) -> list[str]:
     return lines
 
 
-def adopt_unanswered(journal: Journal, live: list[QueuedJob], run: RunFolder) -> None:
-    """Find jobs whose submission was cut off after Slurm accepted them, by name, and give them what they wait for."""
+def adopt(job: ChainJob, job_id: str, run: RunFolder, slurm: SlurmConfig) -> None:
+    """Give a job that Slurm accepted although we never heard so the file in which submitit looks for its task.
+
+    An older file may be there: a controller that lost its state gives ids out again.
+    """
     from submitit.core.utils import DelayedSubmission, JobPaths
 
-    ids = {job.name: job.id for job in live}
-    for job in journal.jobs:
-        if job.id is None and job.name in ids:
-            paths = JobPaths(run.logs, job_id=ids[job.name])
-            if not Path(paths.submitted_pickle).exists():
-                DelayedSubmission(ChainStep(job.kind, str(run.path))).dump(paths.submitted_pickle)
-            journal.record(replace(job, id=ids[job.name]))
+    executor = executor_for(job, run, slurm)
+    submission = DelayedSubmission(ChainStep(job.kind, str(run.path)))
+    submission.set_timeout(executor.parameters["time"], executor.max_num_timeout)
+    write_whole(Path(JobPaths(run.logs, job_id=job_id).submitted_pickle), pickle.dumps(submission), synced=True)

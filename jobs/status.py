@@ -15,6 +15,12 @@ from jobs.queue import QueuedJob, SlurmError, live_jobs
 from training.checkpoints import Checkpoint, NoValidCheckpointError, newest_valid
 from training.run_folder import RunFolder
 
+CUT_OFF = "held: its submission is not finished"
+CUT_OFF_IN_WORDS = (
+    "the submission was cut off before its jobs were released (unless a command is at it now); "
+    "run the file again to finish it, nothing is submitted twice"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class WrongEpoch:
@@ -143,13 +149,14 @@ def job_table(run: RunFolder, queued: list[QueuedJob]) -> list[dict[str, Any]]:
             case "error" if rows:
                 rows[-1]["error"] = event["message"]
     shown = {row["id"]: row for row in rows if row["id"] and row["state"] == "running"}
-    known = {job.id: job for job in Journal.open(run).jobs} if queued else {}
+    known = {job.name: job for job in Journal.open(run).jobs} if queued else {}
     for job in queued:
         if job.id in shown:
             shown[job.id]["elapsed"] = job.elapsed
-        else:
-            kind = known[job.id].kind
-            rows.append({"kind": kind, "id": job.id, "state": job.state.lower(), "reason": job.reason_in_words})
+        elif job.name in known:
+            entry = known[job.name]
+            reason = CUT_OFF if job.is_held and not entry.released else job.reason_in_words
+            rows.append({"kind": entry.kind, "id": job.id, "state": job.state.lower(), "reason": reason})
     live = {job.id for job in queued}
     for row in rows:
         if row["state"] == "running" and not (row["id"] in live if row["id"] else process_lives(row["pid"])):
@@ -164,6 +171,8 @@ def overall_state(run: RunFolder, jobs: list[dict[str, Any]], slurm_silence: str
         return "running", ""
     if run.halt.exists():
         return "halted", run.halt.read_text().strip()
+    if any(row.get("reason") == CUT_OFF for row in jobs):
+        return "queued", CUT_OFF_IN_WORDS
     if any("reason" in row for row in jobs):
         return "queued", ""
     return "unfinished", slurm_silence or "nothing is queued; run the file again to go on"

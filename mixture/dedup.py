@@ -6,6 +6,7 @@ dropped-NNNN.npy, ids of the duplicates in one partition; available.json, what i
 
 from __future__ import annotations
 
+import io
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -237,8 +238,11 @@ def duplicate_ids(entries: Index, selection: Selection) -> RowIds:
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write an array whole."""
+    content = io.BytesIO()  # into a file itself, NumPy writes past Python and cannot say that the disk is full
+    np.save(content, array)
     with whole_file(path) as file:
-        np.save(file, array)
+        file.write(content.getbuffer())
 
 
 # --- what is left

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from mixture.dataset_modules import check_module, data_collator, load_rows, parse_module, score_function
@@ -205,7 +205,9 @@ COLUMNS = ("name", "source", "licence", "commercial use", "format", "rows", "gat
 
 def rendered_listing(listings: list[DatasetListing]) -> RenderableType:
     """A table of dataset modules for a terminal."""
-    table = Table(*COLUMNS, box=None)
+    name, *others = COLUMNS
+    columns = [Column(name, no_wrap=True), *(Column(title, overflow="fold") for title in others)]  # nothing cut off
+    table = Table(*columns, box=None)
     for item in listings:
         table.add_row(*map(escape, listing_cells(item)))
     return table

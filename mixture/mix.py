@@ -178,7 +178,7 @@ def check_not_empty(sources: Sequence[SourceConfig], supplies: Mapping[str, Supp
         elsewhere = f"; {supply.held_out_rows} rows are held out" if supply.held_out_rows else ""
         problems.append(
             f"datasets.{source.name}: none of {supply.read:,} rows is left for training ({reasons(supply.dropped)})"
-            f"{elsewhere}; loosen its filters, or set enabled: false"
+            f"{elsewhere}; loosen what drops them, or set enabled: false"
         )
     if problems:
         raise ValueError("\n".join(problems))

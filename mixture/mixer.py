@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -49,7 +48,7 @@ from mixture.scan import Scan, ScanSource, scan_key, scan_sources
 from mixture.scatter import FORMAT_VERSION as scatter_version
 from mixture.scatter import ShortPromptsFirst, TextStats, WrittenMixture, WrittenPart, scatter
 from mixture.sources import OpenedSource, download_sizes, open_sources, wanted_places, write_attribution
-from mixture.whole_files import whole_file
+from mixture.whole_files import join_files
 from mixture.workers import default_workers
 from settings.yaml_tree import ConfigError, read_config_file
 
@@ -303,10 +302,8 @@ def pass_one(mixture: Mixture, opened: Sequence[OpenedSource], data_dir: Path, r
         exact = find_duplicates(scan, also_dropped=dropped["contaminated"], **selection)
         duplicates = exact.duplicates
         gone = np.sort(concatenated(exact.dropped))
-        report("looking for near duplicates")
-        texts = [(name, without_rows(scan.texts([name]), gone)) for name in scan.sources]
-        found = find_near_duplicates(texts, similarity=mixture.dedup.similarity, scratch_folder=scan.folder)
-        dropped |= {"duplicate": np.setdiff1d(gone, dropped["contaminated"]), "near duplicate": found.row_ids}
+        near = find_near_duplicates(scan, gone, similarity=mixture.dedup.similarity, workers=workers, report=report)
+        dropped |= {"duplicate": np.setdiff1d(gone, dropped["contaminated"]), "near duplicate": near}
     unique = find_duplicates(scan, also_dropped=np.unique(concatenated(dropped.values())), **selection)
     by_source = {reason: rows_by_source(scan, ids) for reason, ids in dropped.items()}
     by_source["duplicate"] = dict(unique.duplicates if duplicates is None else duplicates)
@@ -395,16 +392,6 @@ def evaluation_path(mixture: Mixture, text: str) -> Path:
     if path is None:
         raise ValueError(f"decontaminate: no file {text}; looked for {', '.join(map(str, tried))}")
     return path
-
-
-def without_rows(texts: Iterable[tuple[int, str]], gone: RowIds) -> Iterator[tuple[int, str]]:
-    """The texts, both ascending by row id, without those that are gone."""
-    at = 0
-    for row_id, text in texts:
-        while at < len(gone) and gone[at] < row_id:
-            at += 1
-        if at == len(gone) or gone[at] != row_id:
-            yield row_id, text
 
 
 def concatenated(arrays: Iterable[RowIds]) -> RowIds:
@@ -651,14 +638,6 @@ def written_ratio(values: Mapping[str, Any]) -> float:
         listed = entries.values() if isinstance(entries, dict) else entries
         ratios = [entry.get("mix_ratio") for entry in listed if isinstance(entry, dict)]
     return round(sum(ratio for ratio in ratios if isinstance(ratio, int | float)), 9)
-
-
-def join_files(parts: Sequence[Path], output: Path) -> None:
-    """The parts one after another as one file."""
-    with whole_file(output) as file:
-        for part in parts:
-            with part.open("rb") as source:
-                shutil.copyfileobj(source, file, 1 << 22)
 
 
 def get_dataset(name: str, with_validation: bool = False, **keys: Any) -> Any:

@@ -13,7 +13,7 @@ from mixture.mix import MixPlan, PlannedSource, Supply
 from mixture.recipe import Mixture
 from mixture.scatter import TextStats, WrittenPart
 from mixture.sources import OpenedSource, Origin
-from mixture.whole_files import whole_file, write_whole
+from mixture.whole_files import remove_leftovers, whole_file, write_whole
 
 MARKER = "MIXED"
 """Written last: the key and the parts, in order. A folder without it holds no mixture."""
@@ -26,7 +26,7 @@ ATTRIBUTION = "ATTRIBUTION.md"
 
 OWN_FILES = (
     *("train-[0-9]*.jsonl*", "test-[0-9]*.jsonl*", "*/*.jsonl", "*/*.jsonl.zst", "*/*.stats.json"),
-    *("parts.json", "categories.json", MARKER, MIXING, LOCK, SUMMARY, REJECTED, ATTRIBUTION, "contamination.json"),
+    *("parts.json", "categories.json", LOCK, SUMMARY, REJECTED, ATTRIBUTION, "contamination.json"),
 )
 """What a mixture's folder may hold of the mixture."""
 
@@ -61,15 +61,17 @@ def take_folder(folder: Path, key: str) -> None:
         ValueError: the folder holds files, and none says that they are a mixture's.
     """
     mixing = folder / MIXING
+    for place in [folder, *folder.glob("*")]:
+        remove_leftovers(place)
     if mixing.is_file() and mixing.read_text() == key:
         return
     if folder.is_dir() and any(folder.iterdir()) and not mixing.is_file() and marker_key(folder) is None:
         raise ValueError(f"output_dir: {folder} holds files that are no mixture's; name a new or an empty folder")
-    (folder / MARKER).unlink(missing_ok=True)
-    for pattern in OWN_FILES:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(mixing, b"")  # whoever is interrupted now must not find a folder that seems to be somebody else's
+    for pattern in (MARKER, *OWN_FILES):
         for file in folder.glob(pattern):
             file.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
     write_whole(mixing, key.encode())
 
 
@@ -169,7 +171,7 @@ def read_lock(path: Path) -> dict[str, Any]:
         assert lock["output"]
     except FileNotFoundError:
         raise ValueError(f"--frozen: no file {path}; it is written beside a mixture, as {LOCK}") from None
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(f"--frozen: {path} is no lock file of a mixture ({error!r})") from error
     return lock
 

@@ -1,17 +1,29 @@
-"""Rows whose text is nearly that of an earlier row, by MinHash signatures on disk and bands of them."""
+"""Rows whose text is nearly that of an earlier row, by MinHash signatures on disk and bands of them.
+
+Files in the scan's folder, near-KEY/: NNNNNN.signatures, the rows of one chunk as SIGNED, and signatures, those of all,
+until there is dropped.npy, the answer.
+"""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
+import xxhash
 
 from mixture.decontamination import normalised_lines
+from mixture.dedup import RowIds, save_array
+from mixture.scan import Chunk, Scan
+from mixture.whole_files import join_files, remove_leftovers, whole_file
+from mixture.workers import Report, run_tasks
+
+FORMAT_VERSION = 1
+"""Raised whenever the same rows give another answer."""
 
 SHINGLE_WORDS = 5
 """Texts are compared by their runs of five words, as FineWeb's are."""
@@ -26,46 +38,47 @@ MOST_WORDS = 50_000
 """Of longer texts the beginning is compared, so that one row cannot fill the memory."""
 
 BATCH_WORDS = 200_000
+BATCH_ROWS = 128
+"""From 256 rows a call rensa starts threads, on which a process that is forked later would wait for ever."""
 ROWS_COMPARED_AT_ONCE = 8192
 SEED = 1
 INSTALL = "pip install 'baton[near-duplicates]'  (or: pip install rensa)"
 
-
-@dataclass(frozen=True, kw_only=True)
-class NearDuplicates:
-    """Rows to leave out because an earlier row is nearly the same."""
-
-    row_ids: npt.NDArray[np.uint64]
-    rows_by_source: dict[str, int]
+SIGNED = np.dtype([("id", "<u8"), ("minima", "<u4", (SIGNATURE_LENGTH,))])
 
 
-def find_near_duplicates(
-    sources: Iterable[tuple[str, Iterable[tuple[int, str]]]], *, similarity: float, scratch_folder: Path
-) -> NearDuplicates:
-    """Rows of (source, its (row id, text)) that are at least as similar as asked to an earlier row.
+def find_near_duplicates(scan: Scan, gone: RowIds, *, similarity: float, workers: int, report: Report) -> RowIds:
+    """Ids of rows that are at least as similar as asked to an earlier row; `gone`, sorted ids, are left out before.
 
     Similarity is Jaccard's of the sets of five-word runs, case and punctuation aside, estimated from MinHash
     signatures; of rows that are similar in a chain the first stays. Sources come in the order of their priority. The
-    same rows give the same answer. Takes about 80 bytes of memory a row, and 512 bytes on disk in `scratch_folder`,
-    freed at the end. ValueError: rensa is not installed.
+    same rows give the same answer for any number of workers. Takes about 80 bytes of memory a row, and 520 bytes on
+    disk, twice while they are put together, freed at the end. ValueError: rensa is not installed.
     """
     minhash = signature_class()
-    row_ids: list[npt.NDArray[np.uint64]] = []
-    names: list[str] = []
-    rows_in_source: list[int] = []
-    with tempfile.TemporaryFile(dir=scratch_folder) as file:
-        for name, texts in sources:
-            ids = [write_signatures(batch, minhash, file) for batch in batches(texts)]
-            row_ids += ids
-            names.append(name)
-            rows_in_source.append(sum(map(len, ids)))
-        file.flush()
-        total = sum(rows_in_source)
-        signatures = np.memmap(file, dtype=np.uint32, mode="r", shape=(total, SIGNATURE_LENGTH)) if total else None
-        dropped = np.zeros(total, dtype=np.bool_) if signatures is None else near_earlier(signatures, similarity)
-    every_id = np.concatenate([np.empty(0, dtype=np.uint64), *row_ids])
-    counts = [int(part.sum()) for part in np.split(dropped, np.cumsum(rows_in_source)[:-1])] if names else []
-    return NearDuplicates(row_ids=every_id[dropped], rows_by_source=dict(zip(names, counts, strict=True)))
+    settings = [FORMAT_VERSION, scan.key, similarity, MOST_WORDS]
+    folder = scan.folder / f"near-{xxhash.xxh3_64_hexdigest(orjson.dumps(settings) + gone.tobytes())}"
+    answer = folder / "dropped.npy"
+    if not answer.exists():
+        folder.mkdir(exist_ok=True)
+        remove_leftovers(folder)
+        report("looking for near duplicates")
+        task = partial(sign_chunk, scan, gone, folder, minhash)
+        missing = [chunk for chunk in scan.chunks if not chunk_file(folder, chunk).exists()]
+        run_tasks(task, missing, workers=workers, label="near duplicates", report=report)
+        files = [chunk_file(folder, chunk) for chunk in scan.chunks]
+        together = folder / "signatures"
+        join_files(files, together)
+        # An empty file cannot be mapped.
+        rows = np.memmap(together, SIGNED, mode="r") if together.stat().st_size else np.empty(0, SIGNED)
+        save_array(answer, rows["id"][near_earlier(rows["minima"], similarity)])
+        for file in [*files, together]:
+            file.unlink()
+    return np.asarray(np.load(answer), np.uint64)
+
+
+def chunk_file(folder: Path, chunk: Chunk) -> Path:
+    return folder / f"{chunk.number:06d}.signatures"
 
 
 def signature_class() -> Any:
@@ -77,8 +90,21 @@ def signature_class() -> Any:
     return RMinHash
 
 
+def sign_chunk(scan: Scan, gone: RowIds, folder: Path, minhash: Any, chunk: Chunk) -> None:
+    """Write the signatures of one chunk's rows, without those that are gone."""
+    first, end = np.searchsorted(gone, np.array([chunk.number << 32, (chunk.number + 1) << 32], np.uint64))
+    own = set(gone[first:end].tolist())
+    texts = ((row_id, text) for row_id, text in scan.chunk_texts(chunk) if row_id not in own)
+    with whole_file(chunk_file(folder, chunk)) as file:
+        for batch in batches(texts):
+            rows = np.empty(len(batch), SIGNED)
+            rows["id"] = [row_id for row_id, _ in batch]
+            rows["minima"] = minhash.digests_from_token_sets([runs for _, runs in batch], SIGNATURE_LENGTH, SEED)
+            file.write(rows.tobytes())
+
+
 def batches(texts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, list[bytes]]]]:
-    """(row id, shingles) in lists of about BATCH_WORDS words. Texts without words are left out."""
+    """(row id, shingles) in lists of BATCH_ROWS rows or about BATCH_WORDS words. Texts without words are left out."""
     batch: list[tuple[int, list[bytes]]] = []
     words_in_batch = 0
     for row_id, text in texts:
@@ -87,7 +113,7 @@ def batches(texts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, list[b
             continue
         batch.append((row_id, shingles(words)))
         words_in_batch += len(words)
-        if words_in_batch >= BATCH_WORDS:
+        if words_in_batch >= BATCH_WORDS or len(batch) == BATCH_ROWS:
             yield batch
             batch, words_in_batch = [], 0
     if batch:
@@ -98,13 +124,6 @@ def shingles(words: list[bytes]) -> list[bytes]:
     """All runs of SHINGLE_WORDS words; of a shorter text, all its words as one."""
     runs = zip(*(words[offset:] for offset in range(SHINGLE_WORDS)), strict=False)
     return list(map(b" ".join, runs)) or [b" ".join(words)]
-
-
-def write_signatures(batch: list[tuple[int, list[bytes]]], minhash: Any, file: BinaryIO) -> npt.NDArray[np.uint64]:
-    """Append a batch's signatures, SIGNATURE_LENGTH uint32 a row; its row ids."""
-    digests = minhash.digests_from_token_sets([tokens for _, tokens in batch], SIGNATURE_LENGTH, SEED)
-    file.write(np.array(digests, dtype=np.uint32).tobytes())
-    return np.array([row_id for row_id, _ in batch], dtype=np.uint64)
 
 
 def near_earlier(signatures: npt.NDArray[np.uint32], similarity: float) -> npt.NDArray[np.bool_]:

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import orjson
 
-from mixture.whole_files import whole_file
+from mixture.whole_files import remove_leftovers, whole_file
 
 READ_BYTES = 1 << 22
 MOST_ROW_CHARACTERS = 1 << 28
@@ -103,6 +103,7 @@ def opened(path: Path) -> io.BufferedReader:
 def write_lines(lines: Iterable[bytes], target: Path) -> None:
     """Write the lines beside `target`, which appears when all of them are on disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target.parent)
     with whole_file(target, synced=True) as file:
         file.writelines(lines)
 

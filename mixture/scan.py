@@ -23,16 +23,13 @@ workers: they need not be picklable, and what they change in memory is lost.
 A row with `parent`, in a column or in its metadata, belongs to that conversation: all rows of one parent go to the same
 split.
 
-Files in the folder: NNNNNN.index, the rows of a chunk as INDEX; NNNNNN.json, its counts, written last; plan.json;
-expanded-*.jsonl, plain copies of compressed files, which then are read in chunks like all others.
+Files in the folder: NNNNNN.index, the rows of a chunk as INDEX; NNNNNN.json, its counts, written last; plan.json.
 """
 
 from __future__ import annotations
 
-import gzip
 import mmap
 import shutil
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -63,7 +60,6 @@ REJECTIONS_PER_REASON = 20
 """Kept of each chunk."""
 EXCERPT_BYTES = 400
 MISFITS_TO_GIVE_UP = 1000
-COMPRESSED = (".gz", ".zst")
 
 NO_FORMAT = "fits no known format"
 NOT_JSON = "not valid JSON"
@@ -88,7 +84,7 @@ INDEX = np.dtype(
 
 @dataclass(frozen=True, kw_only=True)
 class ScanSource:
-    """A source to scan: raw rows in local JSONL files, plain or .gz or .zst, in any format that formats.py knows."""
+    """A source to scan: raw rows in local JSONL files, in any format that formats.py knows."""
 
     name: str
     files: tuple[Path, ...]
@@ -133,9 +129,6 @@ class Chunk:
     """Position among all chunks, which is the order of priority."""
     source: ScanSource
     file: Path
-    """What is read: the source's file, or its expanded copy."""
-    named: Path
-    """What messages name."""
     file_number: int
     """Among the source's files."""
     start: int
@@ -218,7 +211,7 @@ class Scan:
             for rejected in counts.rejections:
                 yield Rejection(
                     source=chunk.source.name,
-                    file=chunk.named,
+                    file=chunk.file,
                     line=first_line + rejected["line"],
                     reason=rejected["reason"],
                     detail=rejected["detail"],
@@ -259,18 +252,16 @@ def counts_file(folder: Path, chunk: Chunk) -> Path:
 def scan_sources(sources: Sequence[ScanSource], folder: Path, *, workers: int, report: Report) -> Scan:
     """Scan all sources into `folder`, taking up what an earlier, killed scan had finished.
 
-    ValueError: a file that is missing or cut off, or a source in which no row fits a known format. Other rows that
+    ValueError: a file that is missing, or a source in which no row fits a known format. Other rows that
     cannot be read are counted and kept as rejections.
     """
     key = scan_key(sources)
     forget_other_scan(folder, key)
     remove_leftovers(folder)
     files = [(source, number, file) for source in sources for number, file in enumerate(source.files)]
-    compressed = [file for _, _, file in files if file.suffix in COMPRESSED and not expanded(folder, file).exists()]
-    run_tasks(partial(expand, folder), compressed, workers=workers, label="decompressing", report=report)
     chunks: list[Chunk] = []
     for source, number, file in files:
-        chunks += file_chunks(source, number, file, folder, first=len(chunks))
+        chunks += file_chunks(source, number, file, first=len(chunks))
     scan = Scan(folder, key, tuple(chunks))
     missing = [chunk for chunk in chunks if not counts_file(folder, chunk).exists()]
     if 0 < len(missing) < len(chunks):
@@ -309,48 +300,14 @@ def forget_other_scan(folder: Path, key: str) -> None:
     write_whole(plan, orjson.dumps(key))
 
 
-def expanded(folder: Path, file: Path) -> Path:
-    """Where the plain copy of a compressed file lies."""
-    return folder / f"expanded-{xxhash.xxh3_64_hexdigest(str(file).encode())}.jsonl"
-
-
-def expand(folder: Path, file: Path) -> None:
-    """Decompress a file as a stream, so that its chunks can be read in any order; ValueError where it is cut off."""
-    damaged = f"{file} is cut off or damaged ({{}}); remove it and fetch it again"
-    with open_compressed(file) as stream, whole_file(expanded(folder, file)) as output:
-        while True:
-            try:
-                block = stream.read(1 << 20)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise ValueError(damaged.format(error)) from error
-            except OSError as error:  # what pyarrow raises for damaged data has no errno
-                if error.errno is not None:
-                    raise
-                raise ValueError(damaged.format(error)) from error
-            if not block:
-                return
-            output.write(block)
-
-
-def open_compressed(file: Path) -> Any:
-    """The decompressed bytes of a .gz or .zst file."""
-    if file.suffix == ".gz":
-        return gzip.open(file, "rb")
-    import pyarrow as pa
-
-    return pa.CompressedInputStream(pa.OSFile(str(file), "rb"), "zstd")
-
-
-def file_chunks(source: ScanSource, number: int, file: Path, folder: Path, *, first: int) -> list[Chunk]:
+def file_chunks(source: ScanSource, number: int, file: Path, *, first: int) -> list[Chunk]:
     """The chunks of one file; an empty file has one, with no rows."""
-    read = expanded(folder, file) if file.suffix in COMPRESSED else file
-    size = read.stat().st_size
+    size = file.stat().st_size
     return [
         Chunk(
             number=first + position,
             source=source,
-            file=read,
-            named=file,
+            file=file,
             file_number=number,
             start=start,
             end=min(start + CHUNK_BYTES, size),
@@ -452,7 +409,7 @@ class ChunkReader:
                     reason = keep(text, row, content)
                 except ValueError as error:
                     number = line_number(self.chunk, offsets[place])
-                    raise ValueError(f"{self.chunk.named}, line {number}: {error}") from error
+                    raise ValueError(f"{self.chunk.file}, line {number}: {error}") from error
                 if reason is not None:
                     self.reject(self.lines + place, reason, line)
                     continue

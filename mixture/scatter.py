@@ -26,8 +26,9 @@ import numpy.typing as npt
 import orjson
 import xxhash
 
-from mixture.dedup import UniqueRows
+from mixture.dedup import UniqueRows, save_array
 from mixture.formats import Content, canonical_row
+from mixture.mix import size
 from mixture.mixed_bits import mixed_bits
 from mixture.scan import Chunk, Index, flat, lines_of, turns_text
 from mixture.whole_files import remove_leftovers, whole_file, write_whole
@@ -159,10 +160,10 @@ def scatter(
     done = read_written(output, order.key)
     if done is not None:
         return done
-    remove_leftovers(output)
-    check_room(order, output)
     order.folder.mkdir(exist_ok=True)
+    remove_leftovers(output)
     remove_leftovers(order.folder)
+    check_room(order, output)
     chunks = [chunk for chunk in order.chunks if not order.counts_file(chunk).exists()]
     if 0 < len(chunks) < len(order.chunks):
         report(f"shuffle: {len(order.chunks) - len(chunks)} of {len(order.chunks)} chunks are there already")
@@ -424,8 +425,7 @@ def scatter_chunk(order: Order, chunk: Chunk) -> None:
     np.cumsum(sizes, out=table[1, 1:])
     with whole_file(order.rows_file(chunk)) as file:
         file.writelines(joined(lines, positions.tolist()))
-    with whole_file(order.table_file(chunk)) as file:
-        np.save(file, table)
+    save_array(order.table_file(chunk), table)
     counts = chunk_counts(order, chunk, groups, rows["characters"][which], sizes)
     write_whole(order.counts_file(chunk), orjson.dumps(counts))
 
@@ -616,17 +616,27 @@ def compressed(file: HashedFile, compress: str | None) -> Iterator[Any]:
 
 
 def check_room(order: Order, output: Path) -> None:
-    """ValueError where the disk has clearly too little room for the output and its temporary copy."""
-    needed = 0
+    """ValueError where a disk has clearly too little room for what of the output, and its temporary copy, is missing.
+
+    How small a compressed output will be is not known, so it is not counted.
+    """
+    whole = 0
     for place, count in order.rows.items():
         available = order.unique.available[place]
-        needed += 2 * count * available.text_bytes // available.rows
-    free = shutil.disk_usage(output).free
-    if needed > free:
-        raise ValueError(
-            f"the mixture needs about {needed / 1e9:.1f} GB of disk, half of it only while it is made, and "
-            f"{output} has {free / 1e9:.1f} GB: make room, or ask for fewer rows"
-        )
+        whole += count * available.text_bytes // available.rows
+    copied = sum(file.stat().st_size for file in order.folder.glob("*.rows"))
+    written = sum(orjson.loads(file.read_bytes())["bytes"] for file in order.folder.glob("part-*.json"))
+    needed: Counter[int] = Counter()
+    missing = {order.folder: whole - copied, output: 0 if order.compress else whole - written}
+    for folder, count in missing.items():
+        disk = folder.stat().st_dev
+        needed[disk] += max(0, count)
+        free = shutil.disk_usage(folder).free
+        if needed[disk] > free:
+            raise ValueError(
+                f"the mixture needs about {size(needed[disk])} more on the disk of {folder}, which has {size(free)}: "
+                "make room, or ask for fewer rows"
+            )
 
 
 def check_counts(order: Order, written: WrittenMixture) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -371,23 +371,7 @@ def write_attribution(path: Path, origins: Sequence[Origin]) -> None:
     write_lines(["\n".join(sections).encode()], path)
 
 
-# --- lock files
-
-
-def write_lock(path: Path, origins: Sequence[Origin]) -> None:
-    """A JSON file of what was used, for `frozen`."""
-    record = {origin.name: asdict(origin) for origin in origins}
-    write_lines([orjson.dumps(record, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)], path)
-
-
-def read_lock(path: Path) -> dict[str, Origin]:
-    """What `write_lock` wrote; ValueError: no such file, or not of that form."""
-    try:
-        return {name: Origin(**fields) for name, fields in orjson.loads(path.read_bytes()).items()}
-    except FileNotFoundError:
-        raise ValueError(f"no lock file {path}: run once without --frozen, and keep what it writes") from None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no lock file of a mixture: {error}") from error
+# --- frozen
 
 
 def as_frozen(chain: Sequence[Place], frozen: Mapping[str, Origin]) -> list[Place]:

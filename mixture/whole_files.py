@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +20,7 @@ def whole_file(path: Path, *, synced: bool = False) -> Iterator[BinaryIO]:
 
     `synced`: on the disk before it is renamed, so that it outlasts a power cut. OSError says what a full disk needs.
     """
-    unfinished = path.with_name(f".{path.name}.{threading.get_native_id()}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{threading.get_native_id()}.{os.getpid()}@{os.uname().nodename}")
     try:
         with unfinished.open("wb") as file:
             yield file
@@ -42,9 +43,17 @@ def write_whole(path: Path, content: bytes, *, synced: bool = False) -> None:
         file.write(content)
 
 
+def join_files(parts: Sequence[Path], path: Path) -> None:
+    """Write the parts one after another as one whole file."""
+    with whole_file(path) as file:
+        for part in parts:
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, file, 1 << 22)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove the unfinished files of processes that were killed."""
-    for file in folder.glob(".*"):
-        process = file.name.rpartition(".")[2]
+    """Remove the unfinished files of processes of this machine that were killed."""
+    for file in folder.glob(f".*@{os.uname().nodename}"):
+        process = file.name.rpartition("@")[0].rpartition(".")[2]
         if process.isdigit() and not Path("/proc", process).exists():
             file.unlink(missing_ok=True)

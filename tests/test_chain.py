@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from jobs.chain import ChainJob, Journal, jobs_needed, jobs_to_submit
+from jobs.chain import Journal, ending_jobs, jobs_needed, jobs_to_submit
 from training.run_folder import RunFolder
 
 
@@ -28,6 +29,9 @@ def test_prepared_data_and_finished_blocks_need_no_job() -> None:
         (["block", "evaluate"], ["block", "block", "evaluate"], []),
         # An evaluation in the queue would run before the blocks added behind it, so another one follows them.
         (["block", "block", "evaluate"], ["block", "evaluate"], ["block", "evaluate"]),
+        (["block", "evaluate"], ["evaluate"], ["block", "evaluate"]),
+        # Blocks were added and the submission was cut off before the evaluation behind them.
+        (["block", "block", "evaluate"], ["block", "evaluate", "block"], ["evaluate"]),
     ],
 )
 def test_a_second_call_adds_only_what_is_missing(needed: list, queued: list, missing: list) -> None:
@@ -37,10 +41,39 @@ def test_a_second_call_adds_only_what_is_missing(needed: list, queued: list, mis
 def test_the_journal_remembers_jobs_and_never_gives_a_name_twice(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     journal = Journal.open(run)
-    first = ChainJob(kind="block", name=journal.next_name("x", "block"))
-    journal.record(first)
+    journal.plan(journal.plan_of(["block", "block", "evaluate"], "x"))
     again = Journal.open(run)
     assert again.run_id == journal.run_id
-    assert again.jobs == [first]
-    second = again.next_name("x", "block")
-    assert second != first.name and second.startswith(f"baton-x-{journal.run_id}-block-")
+    assert again.jobs == journal.jobs
+    assert [job.name.partition(journal.run_id)[2] for job in again.jobs] == ["-block-1", "-block-2", "-evaluate-1"]
+    again.record(*(replace(job, id="7", released=True) for job in again.jobs[:1]))
+    again.plan(again.plan_of(["block", "evaluate"], "x"))
+    third = again.plan_of(["block", "block"], "x")[1]
+    assert third.name.endswith("-block-3")
+
+
+def test_a_plan_takes_up_jobs_not_released_yet_and_keeps_released_ones_before_them(tmp_path: Path) -> None:
+    journal = Journal.open(RunFolder(tmp_path))
+    prepare, block, evaluate = journal.plan_of(["prepare", "block", "evaluate"], "x")
+    journal.plan([prepare, block, evaluate])
+    prepare = replace(prepare, id="5", released=True)
+    evaluate = replace(evaluate, id="7")
+    journal.record(prepare, evaluate)
+    plan = journal.plan_of(["block", "block", "evaluate"], "x")
+    assert (plan[0], plan[2]) == (block, evaluate)
+    journal.plan(plan)
+    assert journal.jobs == [prepare, *plan]
+
+
+def test_a_journal_knows_its_jobs_by_name(tmp_path: Path) -> None:
+    journal = Journal.open(RunFolder(tmp_path))
+    assert journal.owns(f"baton-my-run-{journal.run_id}-block-12")
+    assert not journal.owns("baton-my-run-00000000-block-12")
+
+
+def test_a_job_is_ending_once_its_block_is_saved_until_slurm_starts_it_again() -> None:
+    started = {"event": "job_start", "job": "5"}
+    saved = {"event": "block_end", "job": "5"}
+    assert ending_jobs([started]) == set()
+    assert ending_jobs([started, saved, {"event": "job_end", "job": "5"}]) == {"5"}
+    assert ending_jobs([started, saved, started]) == set()

@@ -79,6 +79,9 @@ def test_the_listing_never_runs_a_module_and_shows_those_without_a_source(tmp_pa
     console.print(rendered_listing([bare, full]))
     text = console.export_text()
     assert "not stated" in text and "a/b@01234567 " in text and "MIT" in text
+    narrow = Console(width=60, record=True)
+    narrow.print(rendered_listing([bare, full]))
+    assert "…" not in narrow.export_text(), "nothing is cut off where there is little room"
 
 
 def test_a_source_that_is_not_literal_is_refused_with_its_line(tmp_path):

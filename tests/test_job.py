@@ -9,9 +9,11 @@ import pytest
 
 from jobs import launch
 from jobs.config import PROJECT
-from jobs.job import ExitCode, run_job, starts_that_count
+from jobs.exit_code import ExitCode
+from jobs.job import run_job
 from jobs.plan import plan_run
 from jobs.preflight import check_run
+from jobs.standstill import starts_that_count
 from training.run_folder import RunFolder
 
 

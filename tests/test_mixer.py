@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dataset_hub import played_hub
+from dataset_hub import Fault, played_hub
 from mixture_sources import chat_row, code_row, question_row, write_rows
 
 from mixture import scan, scatter
@@ -289,6 +289,32 @@ def test_killed_at_random_moments_it_ends_with_the_bytes_of_an_unbroken_run(
         assert first[name].replace(b"/whole/", b"/killed/") == second[name], name
 
 
+def test_killed_while_it_fetches_it_asks_for_no_file_again_that_it_had(
+    kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = "total: 200\ndatasets: [{name: far, mix_ratio: 1, hub: org/far, file: [a.jsonl, b.jsonl]}]"
+    data = kitchen.folder / "data"
+    with played_hub(kitchen.folder / "hub", monkeypatch, kitchen.folder / "cache") as hub:
+        for name, numbers in (("a", range(100)), ("b", range(100, 400))):
+            rows = "".join(json.dumps(code_row(number)) + "\n" for number in numbers)
+            hub.write(f"org/far/{name}.jsonl", rows)
+        hub.faults = [Fault("b.jsonl", 503, times=10**6)]
+        mixture = read_mixture(kitchen.recipe(recipe))
+        process = multiprocessing.get_context("fork").Process(target=run_mixture, args=(mixture, data, str))
+        process.start()
+        while not list(data.glob("sources/*/part-00000.jsonl")):
+            assert process.is_alive()
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+        hub.faults.clear()
+        hub.asked_for.clear()
+        again = kitchen.mix(recipe)
+        assert hub.downloads() and all("b.jsonl" in line for line in hub.downloads())
+        unbroken = kitchen.mix(recipe, "whole")
+    assert rows_of(again) == rows_of(unbroken)
+
+
 def files_below(folder: Path) -> int:
     return sum(1 for _ in folder.rglob("*"))
 
@@ -314,6 +340,23 @@ def test_a_changed_recipe_replaces_what_its_folder_held(kitchen: Kitchen) -> Non
     assert total == 400
     again = kitchen.mix(TOY + f"output_dir: {out}\n")
     assert again.folder == out
+
+
+def test_a_folder_whose_old_mixture_was_only_half_removed_is_not_taken_for_somebody_elses(
+    kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(file: Path, missing_ok: bool = False) -> None:
+        if file.name == "mixture.lock.json":
+            raise KeyboardInterrupt
+        unlink(file, missing_ok=missing_ok)
+
+    unlink = Path.unlink
+    out = f"output_dir: {kitchen.folder / 'out'}\n"
+    kitchen.mix(CATEGORIES + out)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", interrupted)
+        kitchen.mix(TOY + out)
+    assert len(rows_of(kitchen.mix(TOY + out))) == 400
 
 
 # --- the lock file

@@ -10,18 +10,35 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mixture_sources import silent, write_rows
 
 import mixture.near_duplicates
-from mixture.near_duplicates import NearDuplicates, band_rows, find_near_duplicates, near_earlier
+import mixture.scan
+from mixture.near_duplicates import band_rows, find_near_duplicates, near_earlier, sign_chunk
+from mixture.scan import Chunk, Scan, ScanSource, scan_sources
 
+NONE = np.empty(0, np.uint64)
 needs_rensa = pytest.mark.skipif(importlib.util.find_spec("rensa") is None, reason="rensa is not installed")
 
 
-def found_in(folder: Path, *sources: list[str], similarity: float = 0.8) -> NearDuplicates:
-    """Near duplicates of the sources, whose row ids count on by ten."""
-    ids = iter(range(0, 10**9, 10))
-    named = [(f"source{number}", [(next(ids), text) for text in texts]) for number, texts in enumerate(sources)]
-    return find_near_duplicates(named, similarity=similarity, scratch_folder=folder)
+def scanned(folder: Path, *sources: list[str]) -> Scan:
+    named = [
+        ScanSource(
+            name=f"source{number}", files=(write_rows(folder / f"{number}.jsonl", [{"text": text} for text in texts]),)
+        )
+        for number, texts in enumerate(sources)
+    ]
+    return scan_sources(named, folder / "scan", workers=1, report=silent)
+
+
+def found_in(folder: Path, *sources: list[str], similarity: float = 0.8, workers: int = 1) -> list[tuple[int, int]]:
+    """Near duplicates among the sources, as (source, number of the row in it)."""
+    scan = scanned(folder, *sources)
+    found = find_near_duplicates(scan, NONE, similarity=similarity, workers=workers, report=silent)
+    places = [divmod(row_id, 1 << 32) for row_id in found.tolist()]
+    starts = [chunk.source.name for chunk in scan.chunks]
+    lines = scan.first_rows
+    return [(int(starts[chunk].removeprefix("source")), lines[chunk] + line) for chunk, line in places]
 
 
 def words_of(chance: random.Random, count: int) -> list[str]:
@@ -44,7 +61,7 @@ def test_rows_clearly_more_or_less_similar_than_asked_are_told_apart(tmp_path: P
         altered.append([f"new{at}" if at in places else word for at, word in enumerate(words)])
     texts = [" ".join(words) for words in originals + altered]
     exact = [jaccard(texts[at], texts[60 + at]) for at in range(60)]
-    dropped = set((found_in(tmp_path, texts, similarity=similarity).row_ids // 10).tolist())
+    dropped = {row for _, row in found_in(tmp_path, texts, similarity=similarity)}
     assert all(60 + at in dropped for at in range(60) if exact[at] >= similarity + 0.12)
     assert not any(60 + at in dropped for at in range(60) if exact[at] <= similarity - 0.12)
     assert dropped <= set(range(60, 120)), "the earlier row of each pair stays"
@@ -57,9 +74,7 @@ def test_the_source_that_comes_first_keeps_its_row(tmp_path: Path) -> None:
     shared, own = [" ".join(words_of(chance, 80)) for _ in range(4)], [" ".join(words_of(chance, 80)) for _ in range(3)]
     nearly = [f"{text} and a little more" for text in shared]
     found = found_in(tmp_path, own + shared[:2], nearly, [*shared, "a new one of only nine words in this row"])
-    assert found.rows_by_source == {"source0": 0, "source1": 2, "source2": 4}
-    assert found.row_ids.tolist() == [50, 60, 90, 100, 110, 120]
-    assert found.row_ids.dtype == np.uint64
+    assert found == [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (2, 3)]
 
 
 @needs_rensa
@@ -70,29 +85,70 @@ def test_case_punctuation_and_spacing_do_not_count(tmp_path: Path) -> None:
         "Yes",
         "yes.",
     ]
-    assert found_in(tmp_path, texts).row_ids.tolist() == [10, 30]
+    assert found_in(tmp_path, texts) == [(0, 1), (0, 3)]
 
 
 @needs_rensa
 def test_rows_without_words_are_never_duplicates(tmp_path: Path) -> None:
-    found = found_in(tmp_path, ["", "?!", "..."], [])
-    assert found.row_ids.tolist() == [] and found.rows_by_source == {"source0": 0, "source1": 0}
-    assert found_in(tmp_path).rows_by_source == {}
+    assert found_in(tmp_path, ["?!", "...", "?!"], []) == []
 
 
 @needs_rensa
-def test_the_same_rows_give_the_same_answer_however_they_are_batched(
+def test_the_same_rows_give_the_same_answer_in_any_batches_chunks_and_number_of_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chance = random.Random(2)
     base = [words_of(chance, 60) for _ in range(30)]
     texts = [" ".join(words[: chance.randrange(45, 61)]) for words in base * 6]
-    whole = found_in(tmp_path, texts)
+    whole = found_in(tmp_path, texts, texts[:20])
+    assert len(whole) > 40
     monkeypatch.setattr(mixture.near_duplicates, "BATCH_WORDS", 100)
     monkeypatch.setattr(mixture.near_duplicates, "ROWS_COMPARED_AT_ONCE", 3)
-    assert found_in(tmp_path, texts).row_ids.tolist() == whole.row_ids.tolist()
-    assert len(whole.row_ids) > 20
-    assert list(tmp_path.iterdir()) == [], "signatures on disk are gone at the end"
+    monkeypatch.setattr(mixture.scan, "CHUNK_BYTES", 10_000)
+    assert found_in(tmp_path, texts, texts[:20], workers=3) == whole
+    left = [file.name for folder in (tmp_path / "scan").glob("near-*") for file in folder.iterdir()]
+    assert left == ["dropped.npy"], "signatures are gone at the end"
+
+
+@needs_rensa
+def test_rows_that_are_gone_already_are_no_reason_to_drop_others(tmp_path: Path) -> None:
+    words = words_of(random.Random(4), 60)
+    texts = [" ".join(words), " ".join([*words, "end"]), " ".join([*words, "another end"])]
+    scan = scanned(tmp_path, texts)
+    gone = np.array([0, 2], np.uint64)
+    assert find_near_duplicates(scan, NONE, similarity=0.8, workers=1, report=silent).tolist() == [1, 2]
+    assert find_near_duplicates(scan, gone, similarity=0.8, workers=1, report=silent).tolist() == []
+
+
+@needs_rensa
+def test_a_search_cut_off_goes_on_with_the_chunks_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sign(scan: Scan, gone: Any, folder: Path, minhash: Any, chunk: Chunk) -> None:
+        signed.append(chunk.number)
+        if signed == [0, 1, 2, 3]:
+            raise KeyboardInterrupt
+        sign_chunk(scan, gone, folder, minhash, chunk)
+
+    signed: list[int] = []
+    monkeypatch.setattr(mixture.scan, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(mixture.near_duplicates, "sign_chunk", sign)
+    chance = random.Random(6)
+    scan = scanned(tmp_path, [" ".join(words_of(chance, 60)) for _ in range(20)] * 2)
+    with pytest.raises(KeyboardInterrupt):
+        find_near_duplicates(scan, NONE, similarity=0.8, workers=1, report=silent)
+    found = find_near_duplicates(scan, NONE, similarity=0.8, workers=1, report=silent)
+    assert len(found) == 20
+    assert signed == [0, 1, 2, 3, *range(3, len(scan.chunks))]
+    again = find_near_duplicates(scan, NONE, similarity=0.8, workers=1, report=silent)
+    assert again.tolist() == found.tolist() and signed[-1] == len(scan.chunks) - 1, "the answer is kept"
+
+
+@needs_rensa
+def test_signatures_start_no_threads_that_a_forked_worker_would_wait_for(tmp_path: Path) -> None:
+    threads = Path("/proc/self/task")
+    before = len(list(threads.iterdir()))
+    texts = [f"row {number} has these words" for number in range(5000)]
+    assert found_in(tmp_path, texts) == []
+    assert len(list(threads.iterdir())) == before
 
 
 def test_bands_make_pairs_of_the_asked_similarity_candidates() -> None:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from jobs.config import PROJECT
 from jobs.plan import count_parameters, plan_run
-from jobs.preflight import check_run, partition_minutes
+from jobs.preflight import check_run
 from mixture.prepare import prepare
 from training.config import ModelConfig
 
@@ -61,10 +61,3 @@ def test_gpu_hours_are_what_the_time_limits_allow(tmp_path: Path) -> None:
     assert plan_run(checked).max_gpu_hours is None  # not on a cluster
     on_cluster = type(checked)(**{**vars(checked), "cluster": "slurm"})
     assert plan_run(on_cluster).max_gpu_hours == 3 * 2 * 4 * 0.5
-
-
-@pytest.mark.parametrize(
-    ("text", "minutes"), [("4:00:00", 240), ("1-00:00:00", 1440), ("30:00", 30), ("infinite", None)]
-)
-def test_partition_limits_are_read_as_sinfo_writes_them(text: str, minutes: int | None) -> None:
-    assert partition_minutes(text) == minutes

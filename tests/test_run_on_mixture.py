@@ -53,7 +53,7 @@ def sources(folder: Path) -> Counter[str]:
 def test_a_recipe_is_planned_then_mixed_exactly_as_planned(recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = ["prepare", str(recipe), "--data-dir", str(tmp_path / "data"), "--output-dir", str(output)]
-    dry = train_sh(*arguments, "--dry-run")
+    dry = train_sh("prepare", "--dry-run", *arguments[1:])
     assert dry.returncode == 0, dry.stderr
     assert not output.exists()
     made = train_sh(*arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 import subprocess
@@ -11,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import xxhash
 from mixture_sources import question_row, silent, three_sources, write_rows
@@ -165,44 +163,6 @@ def test_a_line_of_200_megabytes_is_counted_and_never_in_memory(tmp_path):
     assert done.stdout.strip() == (
         "{'line too long': 1, 'not valid JSON': 1} [('line too long', 2), ('not valid JSON', 4)]"
     )
-
-
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_compressed_files_give_the_same_rows(tmp_path, small_chunks, suffix):
-    plain = three_sources(tmp_path)[1]
-    compressed = tmp_path / f"chat.jsonl{suffix}"
-    content = plain.files[0].read_bytes()
-    write_compressed(compressed, content)
-    scan = scan_sources([replace(plain, files=(compressed,))], tmp_path / "scan", workers=2, report=silent)
-    expected = scan_sources([plain], tmp_path / "plain", workers=1, report=silent)
-    assert scan.sources["chat"] == expected.sources["chat"]
-    assert list(scan.texts()) == list(expected.texts())
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_truncated_file_is_named(tmp_path, suffix, workers):
-    sources = []
-    for name in ("one", "two"):
-        file = tmp_path / f"{name}.jsonl{suffix}"
-        write_compressed(file, b"".join(json.dumps(question_row(n)).encode() + b"\n" for n in range(3000)))
-        sources.append(ScanSource(name=name, files=(file,)))
-    whole = sources[1].files[0].read_bytes()
-    sources[1].files[0].write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(
-        ValueError, match=rf"two\.jsonl\{suffix} is cut off or damaged .*; remove it and fetch it again"
-    ):
-        scan_sources(sources, tmp_path / "scan", workers=workers, report=silent)
-    sources[1].files[0].write_bytes(whole)
-    assert scan_sources(sources, tmp_path / "scan", workers=workers, report=silent).sources["two"].kept == 3000
-
-
-def write_compressed(path: Path, content: bytes) -> None:
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(content))
-    else:
-        with pa.CompressedOutputStream(pa.OSFile(str(path), "wb"), "zstd") as stream:
-            stream.write(content)
 
 
 @pytest.mark.parametrize("rows", [3, 1200])

@@ -213,7 +213,7 @@ def test_a_full_disk_is_an_error_and_what_was_done_is_kept(tmp_path):
 
 
 def test_a_mixture_larger_than_the_disk_is_refused_before_it_starts(tmp_path, unique):
-    with pytest.raises(ValueError, match=r"the mixture needs about .* GB of disk"):
+    with pytest.raises(ValueError, match=r"needs about .* TB more on the disk of .*, which has .* make room"):
         scatter(unique, {("train", "math"): 10**13}, tmp_path / "out", seed=1, workers=1, report=silent)
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from tiny_chains import TINY, checked_run, folders, queued_names, train_sh
 
 from jobs import launch
 from jobs.chain import Journal
 from jobs.config import PROJECT
 from jobs.plan import plan_run
-from jobs.preflight import CheckedRun, check_run
 from jobs.queue import SlurmError
 from jobs.status import read_status
 from training.run_folder import RunFolder
@@ -28,21 +28,6 @@ if TYPE_CHECKING:
 pytest_plugins = ["slurm_cluster"]
 pytestmark = pytest.mark.cluster
 
-TINY = [
-    *("--dataset.name", "synthetic_dataset", "--dataset.num_rows", "60"),
-    *("--training.epochs_per_job", "1", "--training.batch_size", "2", "--training.log_every", "1"),
-    *("--slurm.time", "10", "--slurm.mem", "1500M", "--evaluation.limit", "0"),
-]
-
-
-def train_sh(*arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-    command = [str(PROJECT / "train.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
-
-
-def folders(tmp_path: Path) -> list[str]:
-    return ["--runs_dir", str(tmp_path / "runs"), "--data_dir", str(tmp_path / "data")]
-
 
 @pytest.fixture
 def waiting_partition(slurm: SlurmCluster) -> Iterator[SlurmCluster]:
@@ -50,14 +35,6 @@ def waiting_partition(slurm: SlurmCluster) -> Iterator[SlurmCluster]:
     slurm.run("scontrol", "update", "partition=gpucluster", "state=DOWN")
     yield slurm
     slurm.run("scontrol", "update", "partition=gpucluster", "state=UP")
-
-
-def checked_run(tmp_path: Path, *overrides: str) -> CheckedRun:
-    return check_run(PROJECT / "configs/test.yaml", [*TINY, *folders(tmp_path), *overrides])
-
-
-def queued_names(slurm: SlurmCluster) -> list[str]:
-    return sorted(slurm.run("squeue", "--noheader", "--format=%j").split())
 
 
 def test_a_chain_over_two_nodes_finishes_and_learns(slurm: SlurmCluster, tmp_path: Path) -> None:
@@ -119,7 +96,7 @@ def test_every_job_waits_for_the_one_before(waiting_partition: SlurmCluster, tmp
     checked = checked_run(tmp_path)
     plan = plan_run(checked)
     run = launch.open_run_folder(checked, plan.data_key, print)
-    jobs = launch.submit(run, checked, plan, print)
+    jobs = launch.submit(run, checked, plan, print).queued
     assert [job.kind for job in jobs] == ["prepare", "block", "block", "block", "evaluate"]
     for before, job in itertools.pairwise(jobs):
         shown = waiting_partition.run("squeue", "--noheader", f"--jobs={job.id}", "--format=%E")
@@ -144,7 +121,7 @@ def test_a_refusal_half_way_keeps_and_names_what_was_accepted(waiting_partition:
     assert "3 more needed" in str(raised.value)
 
     waiting_partition.run("scontrol", "update", "partition=gpucluster", "state=DOWN")
-    jobs = launch.submit(run, checked, plan, print)
+    jobs = launch.submit(run, checked, plan, print).queued
     assert [job.kind for job in jobs] == ["prepare", "block", "block", "block", "evaluate"]
     assert queued_names(waiting_partition) == sorted(job.name for job in jobs)
     assert jobs[2].after == accepted[1].id

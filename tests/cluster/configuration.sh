@@ -128,6 +128,7 @@ AccountingStorageHost=127.0.0.1
 AccountingStoragePort=$(port_of accounting)
 AccountingStoragePass=$cluster/munge/socket
 AccountingStorageTRES=gres/gpu
+AccountingStorageEnforce=limits
 CONF
 }
 
