@@ -69,7 +69,7 @@ def extend_run(run: RunFolder, *, jobs: int, lr_policy: ExtensionPolicy, report:
 
 
 def refuse_live_jobs(run: RunFolder, report: Callable[[str], None]) -> None:
-    jobs = queued_jobs(run, report)
+    jobs = sorted(queued_jobs(run, report), key=lambda job: int(job.id))
     if jobs:
         named = ", ".join(f"{job.id} ({job.state.lower()})" for job in jobs)
         raise AlreadyRunningError(
