@@ -10,10 +10,12 @@ from jobs.config import RunConfig, read_resolved_config
 from jobs.job import open_run, stored_mixture
 from jobs.launch import queued_jobs, store_config
 from jobs.local import AlreadyRunningError, sole_owner
+from jobs.ownership import is_alive
 from jobs.preflight import CheckedRun, choose_cluster, local_world_size
 from jobs.snapshot import read_manifest
 from training.checkpoints import Checkpoint, newest_valid
 from training.config import Extension, ExtensionPolicy, TrainingConfig
+from training.owner import newest_ticket, read_ticket
 from training.run_folder import RunFolder
 from training.schedule import Horizon, chain_learning_rate
 
@@ -67,13 +69,16 @@ def extend_run(run: RunFolder, *, jobs: int, lr_policy: ExtensionPolicy, report:
 
 
 def refuse_live_jobs(run: RunFolder, report: Callable[[str], None]) -> None:
-    jobs = queued_jobs(run, report)
+    jobs = sorted(queued_jobs(run, report), key=lambda job: int(job.id))
     if jobs:
         named = ", ".join(f"{job.id} ({job.state.lower()})" for job in jobs)
         raise AlreadyRunningError(
             f"run {run.path.name} still has jobs: {named}. They train to the old horizon; extend it when they have "
             "ended, or end them first (scancel)"
         )
+    owner = newest_ticket(run.path)
+    if owner is not None and is_alive(owner):
+        raise AlreadyRunningError(f"run {run.path.name} is being trained by {read_ticket(owner)}; extend it afterwards")
 
 
 def refuse_other_world_size(run: RunFolder, config: RunConfig) -> None:

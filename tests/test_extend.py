@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from jobs.__main__ import main
 from jobs.config import PROJECT, read_resolved_config
 from jobs.extend import extend_run, plan_extension, with_stored_extensions
 from jobs.job import ExitCode, run_job
-from jobs.local import sole_owner
+from jobs.local import AlreadyRunningError, sole_owner
 from jobs.plan import Plan, plan_run
 from jobs.preflight import check_run
 from jobs.status import read_status
@@ -108,6 +112,8 @@ def test_an_extended_run_is_not_finished_before_its_longer_horizon(folders: list
     with pytest.raises(ValueError, match="has no checkpoint yet"):
         extend_run(run, jobs=2, lr_policy="stretch", report=print)
     assert run_job("block", run) == 0
+    with job_that_owns(run), pytest.raises(AlreadyRunningError, match="run test is being trained by process"):
+        extend_run(run, jobs=2, lr_policy="stretch", report=print)
 
     said: list[str] = []
     extended = extend_run(run, jobs=2, lr_policy="stretch", report=said.append)
@@ -115,13 +121,25 @@ def test_an_extended_run_is_not_finished_before_its_longer_horizon(folders: list
     longer = plan_run(extended)
     assert (longer.data_key, longer.prepared) == (plan.data_key, plan.prepared)
     assert [block.steps for block in longer.blocks] == [(0, end), (end, 2 * end), (2 * end, 3 * end)]
-    assert launch.remaining_jobs(run, extended, longer) == ["block", "block", "evaluate"]
+    assert launch.remaining_jobs(run, extended.config.training, prepared=True) == ["block", "block", "evaluate"]
     assert read_status(run).horizon_steps == 3 * end
     assert run_job("evaluate", run) == ExitCode.STOPPED_EARLY and not run.done.exists()
 
     from_file = with_stored_extensions(check_run(Path(TEST_YAML), arguments[1:]))
     assert launch.open_run_folder(from_file, plan.data_key, print) == run
     assert plan_run(from_file).blocks == longer.blocks
+
+
+@contextmanager
+def job_that_owns(run: RunFolder) -> Iterator[None]:
+    """A process that trains the run here although the command that started it has gone."""
+    program = "import sys; from training.owner import *; Owner.take(Path(sys.argv[2])); print(flush=True); input()"
+    command = [sys.executable, "-c", program, "jobs.job", str(run.path)]
+    with subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield
+        process.kill()
 
 
 def checkpoint_at(step: int) -> Checkpoint:

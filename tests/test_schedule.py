@@ -36,7 +36,13 @@ def test_blocks_divide_the_horizon_and_a_block_begins_where_the_last_one_ended()
 
 def test_a_save_is_due_after_the_steps_or_the_seconds_asked_for() -> None:
     def saves(interval: SaveInterval, *, steps: list[int], pause_s: float = 0.0) -> list[int]:
-        schedule = BlockSchedule(block_end=9, save_interval=interval, log_every=4, stop_requested=lambda: False)
+        schedule = BlockSchedule(
+            block_end=9,
+            save_interval=interval,
+            log_every=4,
+            stop_requested=lambda: False,
+            keeps_random_states=False,
+        )
         arguments, state, control = cast(TrainingArguments, None), TrainerState(), TrainerControl()
         schedule.on_train_begin(arguments, state, control)
         saved = []

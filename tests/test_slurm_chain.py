@@ -84,7 +84,7 @@ def test_a_run_with_queued_jobs_is_not_extended(waiting_partition: SlurmCluster,
     checked = checked_run(tmp_path)
     plan = plan_run(checked)
     run = launch.open_run_folder(checked, plan.data_key, print)
-    jobs = launch.submit(run, checked, plan, print)
+    jobs = launch.submit(run, checked, plan, print).queued
     settings = run.config.read_text()
     answer = train_sh("extend", str(run.path), "--jobs", "1", "--lr-policy", "rewarm")
     assert answer.returncode == 64
