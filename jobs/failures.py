@@ -50,9 +50,15 @@ def report_failure(run: RunFolder, kind: JobKind, error: Exception) -> str:
     return reason
 
 
-def account_for_failure(run: RunFolder, kind: JobKind, error: Exception, reason: str) -> None:
-    """Record why this job fails and act on it. For its first process."""
+def account_for_failure(
+    run: RunFolder, kind: JobKind, error: Exception, reason: str, *, is_first_process: bool
+) -> None:
+    """Record why this job fails and act on it. Processes other than the first only halt what must not go on."""
     code = exit_code_of(error)
+    if not is_first_process:
+        if code in set(ExitCode) and ExitCode(code).halts:
+            halt(run, reason)
+        return
     run.record_event("error", kind=kind, exit_code=int(code), message=reason)
     tail = LogTail(text="".join(traceback.format_exception(error)))
     host = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
@@ -129,10 +135,14 @@ def block_timing(run: RunFolder, config: RunConfig) -> BlockTiming | None:
 def act_on(run: RunFolder, diagnosis: Diagnosis, reason: str) -> None:
     """End the chain where another try would fail too; keep later jobs off a host that is broken."""
     if diagnosis.action == "halt":
-        write_whole(run.halt, f"{reason}\n{diagnosis.advice}\n".encode(), synced=True)
+        halt(run, f"{reason}\n{diagnosis.advice}")
     hosts = hosts_to_exclude(run.events())
     if hosts and diagnosis.action == "other node" and run.chain.exists():
         exclude_from_queued(run, hosts)
+
+
+def halt(run: RunFolder, words: str) -> None:
+    write_whole(run.halt, f"{words}\n".encode(), synced=True)
 
 
 def exclude_from_queued(run: RunFolder, hosts: list[str]) -> None:

@@ -103,8 +103,7 @@ def run_job(kind: JobKind, run: RunFolder, signals: StopSignals | None = None) -
         else:
             code, reason = exit_code_of(error), None
             words = report_failure(run, kind, error)
-            if is_first_process():
-                account_for_failure(run, kind, error, words)
+            account_for_failure(run, kind, error, words, is_first_process=is_first_process())
     if is_first_process():
         record_end(run, kind, code, started, reason)
     if reason in ("preempted", "time limit", "signal") and "SLURM_JOB_ID" in os.environ:

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-"""Preemption and cancellation; the warning before the time limit; the keyboard."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+"""Preemption and cancellation; the warning before the time limit; the keyboard; the end of the terminal."""
 
 
 class StopRequested(BaseException):
@@ -34,9 +34,13 @@ class StopSignals:
         self.process = os.getpid()
 
     def install(self) -> None:
-        """Handle STOP_SIGNALS from here on, also those that came while they were blocked. For the main thread."""
+        """Handle STOP_SIGNALS from here on, also those that came while they were blocked. For the main thread.
+
+        What this process was started to ignore, as under nohup, it ignores.
+        """
         for number in STOP_SIGNALS:
-            signal.signal(number, self.note)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self.note)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends it before every other signal
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
