@@ -261,23 +261,21 @@ class Drill:
 
     def train_chain(self, run: RunFolder, dealer: FaultDealer) -> str | None:
         """Run the chain to its end, starting it again after each fault as its user would; why that is not possible."""
-        code, strikes = -1, -1
-        while code != ExitCode.DONE:
-            if len(dealer.strikes) == strikes:
-                return last_error(run, code)
+        while True:
             strikes = len(dealer.strikes)
             launch.clear_halt(run, self.tell)
             try:
                 code = self.run_blocks(run, self.blocks_left(run), dealer.watch)
             except NoValidCheckpointError as error:
                 return str(error)
-            if code != ExitCode.DONE:
-                dealer.strike_between_blocks()
-        return None
+            if code == ExitCode.DONE:
+                return None
+            if len(dealer.strikes) == strikes:
+                return last_error(run, code)  # it ended, and no fault did it
+            dealer.strike_between_blocks()
 
     def blocks_left(self, run: RunFolder) -> int:
-        training = replace(self.copy.config.training, epochs_per_job=self.horizon.epochs_per_job, total_jobs=NUM_BLOCKS)
-        return launch.remaining_jobs(run, training, prepared=True).count("block")
+        return launch.remaining_jobs(run, self.copy.config.training, prepared=True).count("block")
 
     def run_blocks(self, run: RunFolder, blocks: int, watch: Callable[[Callable[[], bool]], None]) -> int:
         """Run blocks as any chain here does; returns the exit code of the last."""
@@ -304,9 +302,16 @@ def last_error(run: RunFolder, code: int) -> str:
 
 
 def weight_difference(one: Path, other: Path) -> WeightDifference | None:
-    """Where the weights in two checkpoints differ; None where they are identical, bit for bit."""
+    """Where the weights in two checkpoints differ; None where they are identical, bit for bit.
+
+    Raises:
+        ValueError: the checkpoints keep weights in another format.
+    """
     names = sorted({path.name for folder in (one, other) for path in folder.glob("*.safetensors")})
-    assert names, f"no weights in {one}"
+    if not names:
+        raise ValueError(
+            f"{one} holds no *.safetensors, and only those can be compared: leave out DeepSpeed for a drill"
+        )
     differing = [name for name in names if not same_bytes(one / name, other / name)]
     return tensor_difference(one, other, differing) if differing else None
 

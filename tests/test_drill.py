@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from jobs import faults
 from jobs.config import PROJECT
-from jobs.drill import drill, ledger_problems, weight_difference
+from jobs.drill import drill, ledger_problems, show_drill, weight_difference
 from jobs.faults import FAULTS, Fault, Strike, outcome_of
 from jobs.progress import console_for_messages
 from training.checkpoints import Checkpoint, ResumeTerms, newest_valid, read_checkpoint
@@ -62,6 +62,7 @@ def test_a_chain_that_resumes_with_other_momentum_fails_and_the_first_tensor_is_
         assert read_checkpoint(checkpoint.path) == checkpoint, "nothing that is looked at on resume has changed"
 
     monkeypatch.setattr(faults, "cut_in_half", cut_and_turn_momentum_round)
+    monkeypatch.setattr("jobs.drill.NUM_BLOCKS", 1)  # a start of a block takes seconds, and this needs no second one
     chosen: tuple[Fault, ...] = ("SIGTERM", "half-written checkpoint")
     overrides = options(tmp_path, tiny_model)
     result = drill(PROJECT / "configs/test.yaml", overrides, console_for_messages(), faults=chosen)
@@ -73,7 +74,13 @@ def test_a_chain_that_resumes_with_other_momentum_fails_and_the_first_tensor_is_
     (problem,) = result.problems
     assert "model.embed_tokens.weight and" in problem and "two uninterrupted trainings are identical" in problem
     assert result.folder is not None and (Path(result.folder) / "chain/events.jsonl").exists()
-    assert "does this machine reproduce itself at all?" in capsys.readouterr().out
+    show_drill(result, console_for_messages())
+    told = capsys.readouterr().out
+    assert "does this machine reproduce itself at all?" in told
+    assert f"everything is kept in {result.folder}" in told
+
+    (problem,) = replace(result, own_difference=result.difference).problems
+    assert problem.startswith("your settings are not reproducible on this device even without faults")
 
 
 def strike(fault: Fault, **facts: Any) -> Strike:
