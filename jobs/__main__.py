@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from rich.console import Console
 from rich.table import Table
 
 from jobs import launch
 from jobs.config import PROJECT, resolved_values
 from jobs.doctor import run_doctor
+from jobs.drill import drill, show_drill
 from jobs.exit_code import ExitCode
 from jobs.extend import extend_parser, extend_run, with_stored_extensions
 from jobs.local import AlreadyRunningError
@@ -40,6 +42,7 @@ USAGE = """\
 ./train.sh logs NAME        what the last job printed
 ./train.sh extend NAME --jobs N --lr-policy POLICY   go on beyond the horizon; `extend --help` has the policies
 ./train.sh report NAME      report.html: curves over the whole chain, scores, settings
+./train.sh drill FILE       prove on a small copy of a run, trained here, that faults cost it nothing
 ./train.sh doctor [FILE]    what this cluster does to jobs, and to the run of FILE; --on-node asks a node too
 ./train.sh datasets         the datasets that come along
 
@@ -349,6 +352,16 @@ def doctor_command(arguments: list[str]) -> int:
     return run_doctor(arguments, console)
 
 
+def drill_command(arguments: list[str]) -> int:
+    """Prove on a small copy of a run that faults cost it nothing."""
+    parser = verb_parser("drill", "train a small copy of the run here, hit it with faults, and compare")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, and the progress as errors")
+    options, overrides = parser.parse_known_args(arguments)
+    result = drill(options.file, overrides, Console(stderr=True) if options.json else console)
+    print_json(result.as_json()) if options.json else show_drill(result, console)
+    return 0 if result.passed else 1
+
+
 def find_run(name: str) -> RunFolder:
     """A run by name, or by the path of its folder."""
     for path in (PROJECT / "runs" / name, Path(name).resolve()):
@@ -421,6 +434,7 @@ VERBS = {
     "logs": logs_command,
     "extend": extend_command,
     "report": report_command,
+    "drill": drill_command,
     "doctor": doctor_command,
     "datasets": datasets_command,
     "help": help_command,

@@ -101,7 +101,8 @@ def run_job_here(
 def start_process(
     run: RunFolder, kind: JobKind, rank: int, world_size: int, gpu_id: int | str | None, log: Path
 ) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ)
+    # In an allocation (salloc) these would have the job take itself for that one, and put it back into the queue.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     environment["PYTHONPATH"] = os.pathsep.join([str(run.code), *filter(None, [os.environ.get("PYTHONPATH")])])
     if world_size > 1:
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}

@@ -11,6 +11,7 @@ from jobs import launch
 from jobs.config import PROJECT
 from jobs.exit_code import ExitCode
 from jobs.job import run_job
+from jobs.local import run_job_here
 from jobs.plan import plan_run
 from jobs.preflight import check_run
 from jobs.standstill import starts_that_count
@@ -41,6 +42,18 @@ def test_a_stopped_chain_leaves_without_an_error(run: RunFolder) -> None:
     run.stop.touch()
     assert run_job("block", run) == ExitCode.STOPPED_EARLY
     assert not run.halt.exists()
+
+
+def test_a_job_that_runs_here_in_an_allocation_is_not_the_job_of_the_allocation(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_PROCID": "3", "SLURMD_NODENAME": "n1"}.items():
+        monkeypatch.setenv(name, value)
+    run.stop.touch()
+    assert run_job_here(run, "block", 1, None, lambda ended: None) == ExitCode.STOPPED_EARLY
+    (start,) = [event for event in run.events() if event["event"] == "job_start"]
+    assert start["job"] is None
+    assert start["host"] == os.uname().nodename
 
 
 def test_a_block_without_prepared_data_halts_the_chain_and_says_why(run: RunFolder) -> None:

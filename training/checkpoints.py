@@ -257,7 +257,12 @@ def is_whole(path: Path) -> bool:
 
 def sweep_unfinished(folder: Path) -> list[str]:
     """Remove what jobs that died while saving left behind. For the one block that owns the run folder."""
-    stale = [path for path in folder.glob("step_*.tmp-*") if path.is_dir()]
+    stale = unfinished_folders(folder)
     for path in stale:
         shutil.rmtree(path)
     return [path.name for path in stale]
+
+
+def unfinished_folders(folder: Path) -> list[Path]:
+    """Folders of checkpoints that are being written, or whose job died writing them."""
+    return [path for path in folder.glob("step_*.tmp-*") if path.is_dir()]
