@@ -32,6 +32,7 @@ from jobs.local import run_chain_here
 from jobs.plan import plan_run
 from jobs.preflight import CheckedRun, check_run
 from jobs.progress import RunWatcher
+from jobs.snapshot import read_manifest
 from training.checkpoints import Checkpoint, NoValidCheckpointError, newest_valid
 from training.run_folder import RunFolder
 from training.schedule import Horizon
@@ -275,7 +276,8 @@ class Drill:
             dealer.strike_between_blocks()
 
     def blocks_left(self, run: RunFolder) -> int:
-        return launch.remaining_jobs(run, self.copy.config.training, prepared=True).count("block")
+        data_key = read_manifest(run.manifest)["data_key"]
+        return launch.remaining_jobs(run, self.copy.config, data_key).count("block")
 
     def run_blocks(self, run: RunFolder, blocks: int, watch: Callable[[Callable[[], bool]], None]) -> int:
         """Run blocks as any chain here does; returns the exit code of the last."""
