@@ -18,6 +18,7 @@ from jobs.chain import JobKind
 from jobs.config import RunConfig, read_resolved_config
 from jobs.exit_code import ExitCode
 from jobs.failures import account_for_failure, account_for_silent_end, exit_code_of, newest_step, report_failure
+from jobs.local import LOG_NAME
 from jobs.ownership import OwnedElsewhereError, take_ownership
 from jobs.preflight import preparation_request
 from jobs.report import write_report
@@ -87,7 +88,10 @@ def run_job(kind: JobKind, run: RunFolder, signals: StopSignals | None = None) -
     if is_first_process():
         restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         account_for_silent_end(run)
-        run.record_event("job_start", kind=kind, pid=os.getpid(), restart=restart, step=newest_step(run))
+        run.record_event(
+            "job_start", kind=kind, pid=os.getpid(), restart=restart, step=newest_step(run),
+            log=os.environ.get(LOG_NAME),
+        )  # fmt: skip
     try:
         signals.arm()
         top_up = start_top_up(run)
