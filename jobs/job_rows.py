@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from jobs.chain import ChainJob, JobKind, Journal
@@ -31,6 +31,9 @@ class SlurmAnswer:
     silence: str | None = None
     """What its commands said instead, where the controller did not answer."""
 
+    asked_at_s: float = field(default_factory=time.time)
+    """Seconds since 1970; what a job has written since then is newer."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobRow:
@@ -53,6 +56,9 @@ class JobRow:
 
     started: float | None = None
     """Of the last start, in seconds since 1970."""
+
+    told_at: float | None = None
+    """When it wrote its last event."""
 
     seconds: float | None = None
     """Since the last start, up to now or to its end."""
@@ -92,7 +98,7 @@ def read_job_rows(
     rows = with_newest_metrics(started_jobs(events), newest_metrics)
     rows = [numbered(row, block_steps, num_blocks) for row in rows]
     found = {job.id: job for job in slurm.jobs if journal.owns(job.name)}
-    rows = [with_slurms_word(row, found.get(row.id or ""), slurm.silence) for row in rows]
+    rows = [with_slurms_word(row, found.get(row.id or ""), slurm) for row in rows]
     to_come = waiting_jobs(rows, journal, found, slurm.silence)
     return rows + number_those_to_come(rows, to_come, finished_blocks, num_blocks)
 
@@ -105,9 +111,17 @@ def started_jobs(events: Iterable[dict[str, Any]]) -> list[JobRow]:
         job_id = event["job"]
         if event["event"] == "job_start":
             row = JobRow(
-                kind=event["kind"], id=job_id, state="running", node=event["host"], pid=event["pid"],
-                started=event["time"], start_step=event["step"], restarts=event["restart"], log=event.get("log"),
-            )  # fmt: skip
+                kind=event["kind"],
+                id=job_id,
+                state="running",
+                node=event["host"],
+                pid=event["pid"],
+                started=event["time"],
+                told_at=event["time"],
+                start_step=event["step"],
+                restarts=event["restart"],
+                log=event.get("log"),
+            )
             place = places.get(job_id) if job_id else None
             if place is None:
                 if job_id:
@@ -118,7 +132,7 @@ def started_jobs(events: Iterable[dict[str, Any]]) -> list[JobRow]:
             continue
         place = places.get(job_id) if job_id else len(rows) - 1
         if place is not None and place >= 0:
-            rows[place] = replace(rows[place], **told_by(event, rows[place]))
+            rows[place] = replace(rows[place], told_at=event["time"], **told_by(event, rows[place]))
     return rows
 
 
@@ -175,13 +189,15 @@ def numbered(row: JobRow, block_steps: int | None, num_blocks: int | None) -> Jo
     return replace(row, block=number) if num_blocks is None or number <= num_blocks else row
 
 
-def with_slurms_word(row: JobRow, found: QueuedJob | None, silence: str | None) -> JobRow:
+def with_slurms_word(row: JobRow, found: QueuedJob | None, slurm: SlurmAnswer) -> JobRow:
     """The row as it stands now: the events of a job that was killed do not know of it."""
     if row.id is None:
         is_lost = row.state == "running" and not process_lives(row.pid or 0)
         return replace(row, state="ended without a word") if is_lost else timed(row)
-    if silence is not None:
+    if slurm.silence is not None:
         return replace(timed(row), reason=UNCONFIRMED) if row.state in ("running", "requeued") else row
+    if row.told_at is not None and row.told_at > slurm.asked_at_s:
+        return timed(row)
     if found is None or not found.is_live:
         return ended_in_slurm(row, found)
     if found.waits:

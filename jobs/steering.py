@@ -35,6 +35,8 @@ POLL_S = 1.0
 LEAVING_PATIENCE_S = 60.0
 """After that, jobs that Slurm still cleans up behind, and commands that still submit, are left to themselves."""
 
+MAX_NAMED = 6
+
 GRACE_S = 5.0
 """What processes of a run here have between being told to end and being ended."""
 
@@ -51,11 +53,10 @@ def stop_run(run: RunFolder, report: Report) -> None:
     at_work = [row for row in read_status(run).jobs if row.state in AT_WORK]
     for row in at_work:
         tell_to_stop(row, run, report)
-    cancelled = cancel_waiting(run, report)
+    cancel_waiting(run, report)
     if not at_work:
         owner = owner_of(run)
-        nothing = "nothing else is running" if cancelled else "nothing is running"
-        still = f"{owner} starts nothing more" if owner else nothing
+        still = f"{owner} starts nothing more" if owner else "nothing is running"
         report(f"of run {run.path.name} {still}; ./train.sh resume {run.path.name} goes on with it")
 
 
@@ -104,18 +105,15 @@ def tell_to_stop(row: JobRow, run: RunFolder, report: Report) -> None:
         report(f"{name} ends the chain when it is through: from here it cannot be told")
 
 
-def cancel_waiting(run: RunFolder, report: Report) -> bool:
-    """Cancel the jobs that wait until none is left and nobody submits more; returns whether there were any."""
-    cancelled = False
+def cancel_waiting(run: RunFolder, report: Report) -> None:
+    """Cancel the jobs that wait until none is left and nobody submits more."""
     for jobs, submitter in looks(run, report):
         waiting = [job for job in jobs if job.waits]
         if waiting:
             report(f"cancelling the waiting {named(waiting)}")
             tell_slurm(report, "scancel", "--state=PENDING", *last_first(waiting))
-            cancelled = True
         elif submitter is None:
-            break
-    return cancelled
+            return
 
 
 def cancel_all(run: RunFolder, report: Report) -> bool:
@@ -150,7 +148,11 @@ def looks(run: RunFolder, report: Report) -> Iterator[tuple[list[QueuedJob], str
 
 
 def named(jobs: Sequence[QueuedJob]) -> str:
-    return "jobs " + ", ".join(f"{job.id} ({job.state.lower()})" for job in jobs)
+    """Some jobs for people: each of a few, the ends of many."""
+    words = [f"{job.id} ({job.state.lower()})" for job in jobs]
+    if len(words) > MAX_NAMED:
+        return f"{len(words)} jobs, {words[0]} to {words[-1]}"
+    return f"jobs {', '.join(words)}"
 
 
 def last_first(jobs: Sequence[QueuedJob]) -> list[str]:

@@ -117,6 +117,15 @@ def test_a_job_that_was_killed_is_not_shown_as_running(tmp_path: Path, in_slurm:
     assert [row.state for row in rows_of([job_start(0, "block", "1")], journal, answer)] == [state]
 
 
+def test_what_a_job_wrote_after_slurm_was_asked_counts(tmp_path: Path) -> None:
+    journal = journal_of(tmp_path, "block")
+    events = [job_start(100, "block", "1")]
+    for asked_at_s, state in [(99.0, "running"), (101.0, "waiting")]:
+        answer = SlurmAnswer(jobs=[queued(journal.jobs[0], "PENDING")], asked_at_s=asked_at_s)
+        (row,) = rows_of(events, journal, answer)
+        assert row.state == state
+
+
 def test_without_an_answer_from_slurm_the_files_tell(tmp_path: Path) -> None:
     journal = journal_of(tmp_path, "prepare", "block", "evaluate")
     events = [job_start(0, "prepare", "1"), job_end(1, "prepare", "1", 0, 0), job_start(2, "block", "2")]

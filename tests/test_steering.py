@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,8 +17,9 @@ from tiny_chains import checked_run, queued_names, train_sh
 from jobs import launch
 from jobs.config import PROJECT, read_resolved_config
 from jobs.plan import plan_run
+from jobs.queue import SlurmError
 from jobs.status import read_status
-from jobs.steering import processes_of
+from jobs.steering import processes_of, stop_run
 from training.checkpoints import newest_valid
 from training.run_folder import RunFolder
 
@@ -201,6 +203,26 @@ def test_status_tells_what_the_files_tell_while_the_controller_is_away(
     assert (answer["state"], [row["state"] for row in answer["jobs"]]) == ("queued", ["waiting"] * 5)
     assert "Slurm does not answer" in answer["slurm_silence"]
     assert "this is what the run's files tell" in shown
+
+
+@pytest.mark.cluster
+def test_a_run_that_is_stopped_while_it_is_submitted_leaves_no_job(
+    waiting_partition: SlurmCluster, tmp_path: Path
+) -> None:
+    checked = checked_run(tmp_path)
+    plan = plan_run(checked)
+    run = launch.open_run_folder(checked, plan.data_key, print)
+    stopping = threading.Thread(target=stop_run, args=(run, print))
+
+    def stop_after_two(line: str) -> None:
+        if len(queued_names(waiting_partition)) == 2 and not stopping.is_alive():
+            stopping.start()
+            wait_for("STOP file", run.stop.exists, run)
+
+    with pytest.raises(SlurmError, match="nothing more is submitted: stopped by"):
+        launch.submit(run, checked, plan, stop_after_two)
+    stopping.join()
+    assert queued_names(waiting_partition) == []
 
 
 def test_a_run_here_is_cancelled_at_once_stopped_with_a_checkpoint_and_resumed(tmp_path: Path, data_dir: Path) -> None:
