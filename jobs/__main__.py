@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import difflib
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ from jobs.drill import drill, show_drill
 from jobs.exit_code import ExitCode
 from jobs.extend import extend_parser, extend_run, with_stored_extensions
 from jobs.local import AlreadyRunningError
+from jobs.log_files import show_logs
 from jobs.plan import Plan, plan_run
 from jobs.preflight import CheckedRun, check_run
 from jobs.progress import RunWatcher, console_for_messages
 from jobs.queue import SlurmError
 from jobs.report import write_report
-from jobs.status import RunStatus, clock, read_status, show_evaluation, show_status
+from jobs.status import SlurmGlances, read_status
+from jobs.status_view import show_evaluation, show_runs, show_status, watch_status
+from jobs.steering import cancel_run, resumed_run, stop_run
 from mixture.recipe import read_mixture
 from settings.yaml_tree import ConfigError, read_config_file, read_overrides
 from training.checkpoints import NoValidCheckpointError
@@ -38,8 +42,11 @@ USAGE = """\
 ./train.sh plan FILE        blocks, steps, learning rates, tokens, GPU-hours, disk
 ./train.sh prepare FILE     make the training data of a run, or a mixture of many sources, here and now
 ./train.sh check-dataset FILE   two rows of each split as the trainer will see them
-./train.sh status [NAME]    how runs stand
-./train.sh logs NAME        what the last job printed
+./train.sh status [NAME]    how runs stand; --watch redraws, --json is for programs
+./train.sh logs NAME        what the newest job printed; -f follows, --block N and --rank R pick
+./train.sh stop NAME        have the running block save and end, and take waiting jobs out of the queue
+./train.sh cancel NAME      end everything of a run now
+./train.sh resume NAME      go on with a run that stopped; --slurm.time 08:00:00 and the like may change on the way
 ./train.sh extend NAME --jobs N --lr-policy POLICY   go on beyond the horizon; `extend --help` has the policies
 ./train.sh report NAME      report.html: curves over the whole chain, scores, settings
 ./train.sh drill FILE       prove on a small copy of a run, trained here, that faults cost it nothing
@@ -103,11 +110,11 @@ def run_command(arguments: list[str]) -> int:
         console.print(f"run {run.path.name} is finished; its folder is {run.path}", highlight=False)
         show_status(read_status(run), console)
         return 0
+    launch.clear_halt(run, console.print)
     if options.prepare_here or checked.cluster == "local":
         prepare_data(checked)
         plan = plan_run(checked)
     show_plan(checked, plan)
-    launch.clear_halt(run, console.print)
     if checked.cluster == "local":
         return train_here(run, checked, plan)
     return submit(run, checked, plan, wait=options.wait)
@@ -148,11 +155,41 @@ def extend_command(arguments: list[str]) -> int:
     """Go on training a run beyond its horizon."""
     options = extend_parser().parse_args(arguments)
     run = find_run(options.name)
-    checked = extend_run(run, jobs=options.jobs, lr_policy=options.lr_policy, report=tell)
+    return go_on(run, extend_run(run, jobs=options.jobs, lr_policy=options.lr_policy, report=tell))
+
+
+def resume_command(arguments: list[str]) -> int:
+    """Go on with a run from its own folder."""
+    parser = run_parser("resume", "go on with a run that stopped, from its own folder; --section.key VALUE pairs may "
+                        "change where it trains and when it saves")  # fmt: skip
+    options, overrides = parser.parse_known_args(arguments)
+    run = find_run(options.name)
+    if run.done.exists():
+        tell(f"run {run.path.name} is finished; ./train.sh extend {run.path.name} trains it further")
+        return 0
+    return go_on(run, resumed_run(run, overrides, tell))
+
+
+def go_on(run: RunFolder, checked: CheckedRun) -> int:
+    """Lift what ended a run, and submit or train what is missing of it."""
     plan = plan_run(checked)
     show_plan(checked, plan)
-    launch.clear_halt(run, console.print)
+    launch.clear_halt(run, tell)
     return train_here(run, checked, plan) if checked.cluster == "local" else submit(run, checked, plan, wait=False)
+
+
+def stop_command(arguments: list[str]) -> int:
+    """Have a run save and end."""
+    parser = run_parser("stop", "the running block saves a checkpoint and ends, and waiting jobs leave the queue")
+    stop_run(find_run(parser.parse_args(arguments).name), tell)
+    return 0
+
+
+def cancel_command(arguments: list[str]) -> int:
+    """End everything of a run now."""
+    parser = run_parser("cancel", "end all jobs of a run now, without waiting for a checkpoint")
+    cancel_run(find_run(parser.parse_args(arguments).name), tell)
+    return 0
 
 
 def check_command(arguments: list[str]) -> int:
@@ -286,63 +323,41 @@ def status_command(arguments: list[str]) -> int:
     """Show one run, or a line for each."""
     parser = argparse.ArgumentParser(prog="./train.sh status")
     parser.add_argument("name", nargs="?", help="a run, or the path of its folder; all runs where it is left out")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--watch", action="store_true", help="show it again and again until the run has ended")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     options = parser.parse_args(arguments)
-    if options.name:
-        status = read_status(find_run(options.name))
+    if options.watch and (options.json or not options.name):
+        parser.error("--watch shows one run, as text")
+    slurm = SlurmGlances()
+    if options.watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            watch_status(find_run(options.name), console)
+    elif options.name:
+        status = read_status(find_run(options.name), slurm)
         print_json(dataclasses.asdict(status)) if options.json else show_status(status, console)
-        return 0
-    statuses = [read_status(run) for run in launch.runs_in(PROJECT / "runs")]
-    if options.json:
-        print_json([dataclasses.asdict(status) for status in statuses])
     else:
-        show_runs(statuses)
+        statuses = [read_status(run, slurm) for run in launch.runs_in(PROJECT / "runs")]
+        print_json([dataclasses.asdict(status) for status in statuses]) if options.json else show_runs(
+            statuses, console
+        )
     return 0
 
 
-def show_runs(statuses: list[RunStatus]) -> None:
-    if not statuses:
-        console.print("no runs yet; start one with ./train.sh configs/test.yaml", highlight=False)
-        return
-    table = Table(box=None, padding=(0, 2))
-    for heading in ("run", "state", "step", "of", "loss", "left"):
-        table.add_column(heading)
-    for status in statuses:
-        table.add_row(
-            status.name,
-            status.state,
-            str(status.step),
-            str(status.horizon_steps or "-"),
-            f"{status.loss:.4f}" if status.loss is not None else "-",
-            clock(status.seconds_left) if status.seconds_left is not None else "-",
-        )
-    console.print(table)
-
-
 def logs_command(arguments: list[str]) -> int:
-    """Print what a run's newest job wrote, or follow it."""
-    parser = argparse.ArgumentParser(prog="./train.sh logs")
-    parser.add_argument("name", help="a run, or the path of its folder")
-    parser.add_argument("-f", "--follow", action="store_true", help="keep printing until interrupted")
+    """Print what a run's jobs wrote, or follow it."""
+    parser = run_parser("logs", "what the newest job of a run printed")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on, from job to job, until the run has ended")
+    parser.add_argument("--block", type=int, metavar="N", help="the newest job that trained block N, from 1")
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="which process of the job, from 0")
     options = parser.parse_args(arguments)
-    run = find_run(options.name)
-    files = sorted((*run.logs.glob("*.log"), *run.logs.glob("*_0_log.out")), key=lambda path: path.stat().st_mtime)
-    if not files:
-        raise ValueError(f"run {run.path.name} has no logs yet")
-    print(f"==> {files[-1]}", file=sys.stderr)
-    with files[-1].open(errors="replace") as log:
-        sys.stdout.write(log.read())
-        while options.follow:
-            sys.stdout.write(log.read())
-            sys.stdout.flush()
-            time.sleep(0.5)
+    with contextlib.suppress(KeyboardInterrupt):
+        show_logs(find_run(options.name), rank=options.rank, block=options.block, follow=options.follow)
     return 0
 
 
 def report_command(arguments: list[str]) -> int:
     """Write a run's report.html, at any time."""
-    parser = argparse.ArgumentParser(prog="./train.sh report")
-    parser.add_argument("name", help="a run, or the path of its folder")
+    parser = run_parser("report", "write report.html, at any time")
     console.print(str(write_report(find_run(parser.parse_args(arguments).name))), highlight=False)
     return 0
 
@@ -367,8 +382,16 @@ def find_run(name: str) -> RunFolder:
     for path in (PROJECT / "runs" / name, Path(name).resolve()):
         if (path / "manifest.json").is_file():
             return RunFolder(path)
-    known = ", ".join(run.path.name for run in launch.runs_in(PROJECT / "runs")) or "none"
-    raise ValueError(f"no run {name} in {PROJECT / 'runs'}; there are: {known}")
+    known = [run.path.name for run in launch.runs_in(PROJECT / "runs")]
+    nearest = difflib.get_close_matches(name, known, n=1)
+    meant = f"did you mean {nearest[0]}? " if nearest else ""
+    raise ValueError(f"no run {name} in {PROJECT / 'runs'}; {meant}There are: {', '.join(known) or 'none'}")
+
+
+def run_parser(verb: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"./train.sh {verb}", description=description, allow_abbrev=False)
+    parser.add_argument("name", help="a run, or the path of its folder")
+    return parser
 
 
 def verb_parser(verb: str, description: str) -> argparse.ArgumentParser:
@@ -432,6 +455,9 @@ VERBS = {
     "check-dataset": check_dataset_command,
     "status": status_command,
     "logs": logs_command,
+    "stop": stop_command,
+    "cancel": cancel_command,
+    "resume": resume_command,
     "extend": extend_command,
     "report": report_command,
     "drill": drill_command,

@@ -215,18 +215,21 @@ def run_config(tree: ConfigTree) -> RunConfig:
     return config
 
 
-def read_resolved_config(path: Path) -> RunConfig:
+def read_resolved_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The settings that a run folder's config.yaml holds: complete, and checked when the run was made.
 
     Raises:
-        ConfigError: the file was damaged or edited.
+        ConfigError: the file was damaged or edited, or an override is wrong.
     """
     tree = read_config_file(path)
+    for key_path, value in read_overrides(overrides):
+        tree.override(key_path, value)
+    problems = secrets_in_settings(tree)
     move_module_keys(tree)
-    problems: list[Problem] = []
     config = build(RunConfig, tree.values, (), tree, problems)
-    if config is None:
+    if problems:
         raise ConfigError(problems)
+    assert config is not None
     return config
 
 

@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
 
-from jobs.chain import JobKind
+from jobs.chain import JobKind, Journal
 from jobs.config import RunConfig, read_resolved_config
 from jobs.exit_code import ExitCode
 from jobs.failures import account_for_failure, account_for_silent_end, exit_code_of, newest_step, report_failure
+from jobs.local import LOG_NAME
 from jobs.ownership import OwnedElsewhereError, take_ownership
 from jobs.preflight import preparation_request
+from jobs.queue import SlurmError, call, live_jobs
 from jobs.report import write_report
 from jobs.requeue import StopReason, requeue, wait_for_the_end, why_stopped
 from jobs.snapshot import in_snapshot, read_manifest
@@ -88,7 +90,10 @@ def run_job(kind: JobKind, run: RunFolder, signals: StopSignals | None = None) -
     if is_first_process():
         restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         account_for_silent_end(run)
-        run.record_event("job_start", kind=kind, pid=os.getpid(), restart=restart, step=newest_step(run))
+        run.record_event(
+            "job_start", kind=kind, pid=os.getpid(), restart=restart, step=newest_step(run),
+            log=os.environ.get(LOG_NAME),
+        )  # fmt: skip
     try:
         signals.arm()
         top_up = start_top_up(run)
@@ -277,7 +282,20 @@ def evaluate_run(context: JobContext, signals: StopSignals) -> int:
     finetuning.evaluate(finetuning_run(context, signals, None))
     write_whole(context.run.done, time.strftime("%Y-%m-%dT%H:%M:%S%z\n").encode(), synced=True)
     context.run.record_event("done")
+    cancel_what_waits(context.run)
     return ExitCode.DONE
+
+
+def cancel_what_waits(run: RunFolder) -> None:
+    """A finished chain leaves nothing in the queue: a top-up may have counted a block too many."""
+    if not run.chain.exists():
+        return
+    try:
+        waiting = [job.id for job in live_jobs(Journal.open(run)) if job.waits]
+        if waiting:
+            call("scancel", *waiting)
+    except (SlurmError, FileNotFoundError) as error:  # those that start will see DONE and end at once
+        report(f"cannot look for jobs that are not needed any more: {error}")
 
 
 def finetuning_run(context: JobContext, signals: StopSignals, owner: Owner | None) -> FinetuningRun:

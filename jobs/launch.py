@@ -27,10 +27,11 @@ from training.schedule import Horizon
 
 CHANGEABLE = (
     "cluster",
+    "training.save_every",
     *(f"slurm.{key}" for key in ("partition", "time", "warning_s", "cpus_per_task", "mem", "account", "qos")),
     *(f"slurm.{key}" for key in ("constraint", "gpu_id", "setup", "extra")),
 )
-"""Settings that a run may change on the way: they ask for other machines and leave the training as it is."""
+"""Settings that a run may change on the way: where it trains and when it saves. Its weights stay what they are."""
 
 OTHER_COMMAND_S = 30.0
 """How long to wait for another command, or a job of the chain, that is making the run's folder or submitting."""
@@ -107,7 +108,9 @@ def compare_with_stored(run: RunFolder, checked: CheckedRun, data_key: str) -> N
         refused.append(("the number of processes", manifest["world_size"], checked.world_size))
     if refused:
         described = ", ".join(f"{key}: {before!r} -> {after!r}" for key, before, after in refused)
-        advice = "start another run with --name, or undo the change"
+        advice = (
+            f"start another run with --name, or undo the change; only {', '.join(CHANGEABLE)} may change on the way"
+        )
         raise ConfigError([Problem(f"run {run.path.name}", f"has other settings already ({described}); {advice}")])
     if changes:
         store_config(run, checked.config)

@@ -17,6 +17,9 @@ from jobs.exit_code import ExitCode
 from jobs.failures import newest_step
 from training.run_folder import RunFolder
 
+LOG_NAME = "BATON_LOG_NAME"
+"""Tells a job that runs here which file in logs/ it writes to; on Slurm its id says so."""
+
 
 class AlreadyRunningError(RuntimeError):
     """Another process works on this run."""
@@ -40,6 +43,18 @@ def sole_owner(run: RunFolder, *, patience_s: float = 0.0) -> Iterator[None]:
         lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         lock.flush()
         yield
+
+
+def owner_of(run: RunFolder) -> str | None:
+    """Which command trains or submits this run right now, as `process 12 on host`; None where none does."""
+    path = run.path / ".lock"
+    if not path.exists():
+        return None
+    with path.open("a+") as lock:
+        if locked(lock):
+            return None
+        lock.seek(0)
+        return lock.read().strip()
 
 
 def locked(lock: TextIO) -> bool:
@@ -103,6 +118,7 @@ def start_process(
 ) -> subprocess.Popen[bytes]:
     # In an allocation (salloc) these would have the job take itself for that one, and put it back into the queue.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    environment[LOG_NAME] = log.name
     environment["PYTHONPATH"] = os.pathsep.join([str(run.code), *filter(None, [os.environ.get("PYTHONPATH")])])
     if world_size > 1:
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}

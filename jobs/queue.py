@@ -19,11 +19,17 @@ PENDING_REASONS = {
     "DependencyNeverSatisfied": "the job it waits for has failed; run the file again",
     HELD_BY_USER: "held by you; scontrol release, or run the file again",
     "JobHeldAdmin": "held by an administrator",
-    "BeginTime": "its start time has not come",
+    "BeginTime": "its start time has not come; after a requeue that takes some seconds",
     "QOSMaxJobsPerUserLimit": "you have as many jobs running as your QOS allows",
     "AssocGrpGRES": "your account's GPUs are all in use",
     "ReqNodeNotAvail": "a node it needs is down or reserved",
     "PartitionTimeLimit": "asks for more time than the partition gives",
+    "PartitionDown": "its partition starts no jobs now",
+    "PartitionInactive": "its partition takes and starts no jobs now",
+    "Reservation": "waits for its reservation",
+    "Licenses": "waits for a licence",
+    "BadConstraints": "no node can ever give what it asks for",
+    "JobHoldMaxRequeue": "held after too many failed starts; scontrol release",
 }
 
 SILENCE = re.compile(
@@ -104,7 +110,13 @@ class QueuedJob:
     @property
     def reason_in_words(self) -> str:
         """Why the job does not run yet, for people."""
-        return PENDING_REASONS.get(self.reason, self.reason) if self.waits else ""
+        if not self.waits:
+            return ""
+        if re.match(r"Nodes.required", self.reason):
+            return PENDING_REASONS["ReqNodeNotAvail"]
+        if re.match(r"QOS|Assoc", self.reason) and self.reason not in PENDING_REASONS:
+            return f"at a limit of your account or QOS ({self.reason})"
+        return PENDING_REASONS.get(self.reason.partition(",")[0], self.reason)
 
 
 def call(*command: str) -> str:
@@ -127,14 +139,20 @@ def known_jobs(journal: Journal) -> list[QueuedJob]:
     Raises:
         NoAnswerError: the controller does not answer.
     """
-    if not journal.jobs:
-        return []
+    return [job for job in my_jobs() if journal.owns(job.name)] if journal.jobs else []
+
+
+def my_jobs() -> list[QueuedJob]:
+    """All jobs of this user in Slurm, those that ended lately among them.
+
+    Raises:
+        NoAnswerError: the controller does not answer.
+    """
     try:
         listing = call("squeue", "-h", "--me", "-t", "all", "-o", "%i|%j|%T|%r|%N|%M|%E")
     except SlurmError as error:
         raise NoAnswerError(f"Slurm does not answer: {error}") from None
-    jobs = [QueuedJob(*line.split("|")) for line in listing.splitlines() if line.count("|") == 6]
-    return [job for job in jobs if journal.owns(job.name)]
+    return [QueuedJob(*line.split("|")) for line in listing.splitlines() if line.count("|") == 6]
 
 
 def live_jobs(journal: Journal) -> list[QueuedJob]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.snapshot import read_manifest
-from jobs.status import RunStatus, clock, read_status
+from jobs.status import RunStatus, read_status
+from jobs.status_view import COLUMNS, cells, remark
 from mixture.whole_files import write_whole
 from training.run_folder import RunFolder
 
@@ -164,23 +165,10 @@ def evaluation_section(evaluation: dict[str, Any] | None) -> str:
 
 def jobs_section(status: RunStatus) -> str:
     rows = "".join(
-        "<tr>"
-        + "".join(
-            f"<td>{html.escape(str(value))}</td>"
-            for value in (
-                job["kind"],
-                job["id"] or "-",
-                job["state"],
-                job.get("node", "-"),
-                clock(job["seconds"]) if "seconds" in job else "-",
-                job.get("step", "-"),
-                job.get("error") or job.get("reason") or "",
-            )
-        )
-        + "</tr>"
-        for job in status.jobs
+        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in (*cells(row), remark(row)))}</tr>"
+        for row in status.jobs
     )
-    headings = "".join(f"<th>{heading}</th>" for heading in ("job", "id", "state", "node", "time", "step", ""))
+    headings = "".join(f"<th>{heading}</th>" for heading in COLUMNS)
     return f"<h2>Jobs</h2><table><tr>{headings}</tr>{rows}</table>"
 
 

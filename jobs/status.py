@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from jobs.chain import Journal
-from jobs.ownership import process_lives
-from jobs.queue import QueuedJob, SlurmError, live_jobs
+from jobs.job_rows import AT_WORK, CUT_OFF, TO_COME, JobRow, SlurmAnswer, read_job_rows
+from jobs.queue import SlurmError, my_jobs
+from settings.yaml_tree import read_config_file
 from training.checkpoints import Checkpoint, NoValidCheckpointError, newest_valid
 from training.run_folder import RunFolder
 
-CUT_OFF = "held: its submission is not finished"
 CUT_OFF_IN_WORDS = (
     "the submission was cut off before its jobs were released (unless a command is at it now); "
     "run the file again to finish it, nothing is submitted twice"
 )
+SECONDS_BETWEEN_QUESTIONS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,12 @@ class RunStatus:
 
     name: str
     state: str
-    """done, halted, running, queued, or unfinished."""
+    """done, halted, stopped, running, queued, or unfinished."""
 
     detail: str
+    slurm_silence: str | None
+    """What Slurm's commands said instead of an answer; then `jobs` holds what the run's files tell."""
+
     step: int
     horizon_steps: int | None
     epoch: float
@@ -50,7 +54,10 @@ class RunStatus:
     learning_rate: float | None
     tokens_per_s: float | None
     seconds_left: float | None
-    """Of training, at the last block's speed."""
+    """Of the whole chain: training at the last block's speed, and the gaps between blocks."""
+
+    gap_seconds: float | None
+    """Measured from the end of a block to the start of training in the next; None before the second block."""
 
     checkpoint: str | None
     passed_over: list[str]
@@ -62,48 +69,88 @@ class RunStatus:
     wrong_epochs: list[WrongEpoch]
     """Epochs up to that checkpoint in which it was not."""
 
-    jobs: list[dict[str, Any]]
+    jobs: list[JobRow]
+    blocks_not_queued: int | None
+    """Blocks still to come that no job is queued for yet; None where their number is not known."""
+
     evaluation: dict[str, Any] | None
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more happens by itself."""
+        return self.state not in ("running", "queued") and self.slurm_silence is None
 
-def read_status(run: RunFolder) -> RunStatus:
+
+class SlurmGlances:
+    """What Slurm has of this user's jobs, asked for once and then at most every ten seconds, for any number of runs."""
+
+    def __init__(self) -> None:
+        self.answer: SlurmAnswer | None = None
+        self.asked_at_s = 0.0
+
+    def glance(self, run: RunFolder) -> SlurmAnswer:
+        """The last answer; nothing where no job of the run was ever submitted."""
+        if not run.chain.exists():
+            return SlurmAnswer()
+        if self.answer is None or time.monotonic() - self.asked_at_s > SECONDS_BETWEEN_QUESTIONS:
+            self.answer = ask_slurm()
+            self.asked_at_s = time.monotonic()
+        return self.answer
+
+
+def ask_slurm() -> SlurmAnswer:
+    """One call, whether or not the controller answers it."""
+    try:
+        return SlurmAnswer(jobs=my_jobs())
+    except (SlurmError, FileNotFoundError) as error:
+        return SlurmAnswer(silence=str(error))
+
+
+def read_status(run: RunFolder, slurm: SlurmGlances | None = None) -> RunStatus:
     """The state of a run from its folder and, where jobs were submitted, from squeue."""
-    queued, answer = ask_slurm(run)
+    answer = (slurm or SlurmGlances()).glance(run)
     checkpoint, passed_over = newest_checkpoint(run)
-    metrics = list(run.metrics())
+    events = list(run.events())
+    metrics = run.newest_metrics()
     last: dict[str, Any] = metrics[-1] if metrics else {}
-    jobs = job_table(run, queued)
-    state, detail = overall_state(run, jobs, answer)
+    trained_to = last.get("horizon_steps") or (checkpoint.terms.horizon_steps if checkpoint else None)
+    horizon = newest_horizon(events, trained_to)
+    num_blocks = planned_blocks(run)
+    block_steps = horizon // num_blocks if horizon and num_blocks else None
+    finished_blocks = checkpoint.step // block_steps if checkpoint and block_steps else 0
+    jobs = read_job_rows(
+        events, metrics, Journal.open(run), answer,
+        finished_blocks=finished_blocks, block_steps=block_steps, num_blocks=num_blocks,
+    )  # fmt: skip
+    state, detail = overall_state(run, jobs)
+    is_going_on = state in ("running", "queued")
     step = max(last.get("step", 0), checkpoint.step if checkpoint else 0)
-    horizon = newest_horizon(run, last.get("horizon_steps") or (checkpoint.terms.horizon_steps if checkpoint else None))
+    gap_s = measured_gap(events)
     return RunStatus(
         name=run.path.name,
         state=state,
         detail=detail,
+        slurm_silence=answer.silence,
         step=step,
         horizon_steps=horizon,
         epoch=last.get("epoch", 0.0),
         loss=last.get("loss"),
         learning_rate=last.get("lr"),
         tokens_per_s=last.get("tokens_per_s"),
-        seconds_left=seconds_left(metrics, horizon) if state == "running" else None,
+        seconds_left=seconds_left(
+            step, horizon, block_steps, seconds_per_step=training_pace(metrics, events), gap_s=gap_s
+        )
+        if is_going_on
+        else None,
+        gap_seconds=gap_s,
         checkpoint=checkpoint.path.name if checkpoint else None,
         passed_over=passed_over,
         whole_epochs=checkpoint.whole_epochs if checkpoint else 0,
         wrong_epochs=wrong_epochs(checkpoint) if checkpoint else [],
         jobs=jobs,
+        blocks_not_queued=blocks_not_queued(jobs, finished_blocks, num_blocks) if is_going_on else None,
         evaluation=read_evaluation(run),
     )
-
-
-def ask_slurm(run: RunFolder) -> tuple[list[QueuedJob], str | None]:
-    """The run's queued jobs, and what Slurm said instead where it did not answer."""
-    if not run.chain.exists():
-        return [], None
-    try:
-        return live_jobs(Journal.open(run)), None
-    except (SlurmError, FileNotFoundError) as error:
-        return [], str(error)
 
 
 def newest_checkpoint(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
@@ -113,10 +160,18 @@ def newest_checkpoint(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
         return None, str(error).splitlines()
 
 
-def newest_horizon(run: RunFolder, trained_to: int | None) -> int | None:
+def newest_horizon(events: Iterable[dict[str, Any]], trained_to: int | None) -> int | None:
     """The steps of the whole chain: an extension may not have trained any of its own yet."""
-    extended = [event["horizon_steps"] for event in run.events() if event["event"] == "extended"]
+    extended = [event["horizon_steps"] for event in events if event["event"] == "extended"]
     return max([*extended, trained_to or 0]) or None
+
+
+def planned_blocks(run: RunFolder) -> int | None:
+    """Blocks of the whole chain, extensions included, read without the checks that take most of the time."""
+    if not run.config.exists():
+        return None
+    training = read_config_file(run.config).values["training"]
+    return int(training["total_jobs"]) + sum(int(extension["jobs"]) for extension in training["extensions"])
 
 
 def wrong_epochs(checkpoint: Checkpoint) -> list[WrongEpoch]:
@@ -133,112 +188,79 @@ def wrong_epochs(checkpoint: Checkpoint) -> list[WrongEpoch]:
     ]
 
 
-def job_table(run: RunFolder, queued: list[QueuedJob]) -> list[dict[str, Any]]:
-    """A row per job: those that ran, from the events, then those that Slurm still holds."""
-    rows: list[dict[str, Any]] = []
-    for event in run.events():
-        match event["event"]:
-            case "job_start":
-                rows.append(
-                    {"kind": event["kind"], "id": event["job"], "node": event["host"], "state": "running",
-                     "pid": event["pid"], "started": event["time"]}
-                )  # fmt: skip
-            case "job_end" if rows:
-                state = "done" if event["exit_code"] == 0 else f"exit code {event['exit_code']}"
-                rows[-1] |= {"state": state, "seconds": event["seconds"], "step": event["step"]}
-            case "error" if rows:
-                rows[-1]["error"] = event["message"]
-    shown = {row["id"]: row for row in rows if row["id"] and row["state"] == "running"}
-    known = {job.name: job for job in Journal.open(run).jobs} if queued else {}
-    for job in queued:
-        if job.id in shown:
-            shown[job.id]["elapsed"] = job.elapsed
-        elif job.name in known:
-            entry = known[job.name]
-            reason = CUT_OFF if job.is_held and not entry.released else job.reason_in_words
-            rows.append({"kind": entry.kind, "id": job.id, "state": job.state.lower(), "reason": reason})
-    live = {job.id for job in queued}
-    for row in rows:
-        if row["state"] == "running" and not (row["id"] in live if row["id"] else process_lives(row["pid"])):
-            row["state"] = "ended without a word"
-    return rows
-
-
-def overall_state(run: RunFolder, jobs: list[dict[str, Any]], slurm_silence: str | None) -> tuple[str, str]:
+def overall_state(run: RunFolder, jobs: Sequence[JobRow]) -> tuple[str, str]:
+    """The run's state in a word, and what a person should know about it."""
+    stop = run.stop.read_text().strip() if run.stop.exists() else ""
     if run.done.exists():
         return "done", f"finished {run.done.read_text().strip()}"
-    if any(row["state"] == "running" for row in jobs):
-        return "running", ""
+    if any(row.state in AT_WORK for row in jobs):
+        return "running", f"until it has saved: {stop}" if stop else ""
     if run.halt.exists():
         return "halted", run.halt.read_text().strip()
-    if any(row.get("reason") == CUT_OFF for row in jobs):
+    if stop:
+        return "stopped", f"{stop}; ./train.sh resume {run.path.name} goes on"
+    if any(row.reason == CUT_OFF for row in jobs):
         return "queued", CUT_OFF_IN_WORDS
-    if any("reason" in row for row in jobs):
+    if any(row.state in TO_COME for row in jobs):
         return "queued", ""
-    return "unfinished", slurm_silence or "nothing is queued; run the file again to go on"
+    return "unfinished", f"nothing of it is queued or running; ./train.sh resume {run.path.name} goes on"
 
 
-def seconds_left(metrics: list[dict[str, Any]], horizon_steps: int | None) -> float | None:
-    """Training time left at the speed of the last block."""
-    block = [line for line in metrics if line.get("block") == metrics[-1].get("block")] if metrics else []
-    if not horizon_steps or len(block) < 2 or block[-1]["step"] <= block[0]["step"]:
+def training_pace(metrics: Sequence[dict[str, Any]], events: Iterable[dict[str, Any]]) -> float | None:
+    """Seconds per optimizer step lately, saves included, and starts of jobs and what a crash cost left out."""
+    starts = [event["time"] for event in events if event["event"] == "job_start"]
+    seconds, steps = 0.0, 0
+    for before, after in itertools.pairwise(metrics):
+        is_interrupted = any(before["time"] < start <= after["time"] for start in starts)
+        if after["step"] > before["step"] and not is_interrupted:
+            seconds += after["time"] - before["time"]
+            steps += after["step"] - before["step"]
+    return seconds / steps if steps else None
+
+
+def measured_gap(events: Iterable[dict[str, Any]]) -> float | None:
+    """Seconds from the last checkpoint of a block to the first step of the next: the median over the run."""
+    committed: dict[int, float] = {}
+    boundaries: set[int] = set()
+    gaps = []
+    for event in events:
+        match event["event"]:
+            case "checkpoint":
+                committed[event["step"]] = event["time"]
+            case "block_end":
+                boundaries.add(event["step"])
+            case "resumed" if event["step"] in boundaries & committed.keys():
+                gaps.append(event["time"] - committed[event["step"]])
+                boundaries.discard(event["step"])
+    return statistics.median(gaps) if gaps else None
+
+
+def seconds_left(
+    step: int,
+    horizon_steps: int | None,
+    block_steps: int | None,
+    *,
+    seconds_per_step: float | None,
+    gap_s: float | None,
+) -> float | None:
+    """Seconds until the last block ends; gaps count as nothing before one has been measured."""
+    if horizon_steps is None or seconds_per_step is None:
         return None
-    seconds_per_step = (block[-1]["time"] - block[0]["time"]) / (block[-1]["step"] - block[0]["step"])
-    return float(seconds_per_step * (horizon_steps - block[-1]["step"]))
+    boundaries = -(-(horizon_steps - step) // block_steps) - 1 if block_steps else 0
+    return (horizon_steps - step) * seconds_per_step + max(0, boundaries) * (gap_s or 0.0)
+
+
+def blocks_not_queued(jobs: Sequence[JobRow], finished_blocks: int, num_blocks: int | None) -> int | None:
+    if num_blocks is None:
+        return None
+    there = sum(row.kind == "block" and row.state in AT_WORK | TO_COME for row in jobs)
+    return max(0, num_blocks - finished_blocks - there)
 
 
 def read_evaluation(run: RunFolder) -> dict[str, Any] | None:
     import orjson
 
     return orjson.loads(run.evaluation.read_bytes()) if run.evaluation.exists() else None
-
-
-def show_status(status: RunStatus, console: Console) -> None:
-    """Print one run: how far it is, then its jobs."""
-    horizon = f" of {status.horizon_steps}" if status.horizon_steps else ""
-    console.print(f"[bold]{status.name}[/]: {status.state}  {status.detail}", highlight=False)
-    numbers = [f"step {status.step}{horizon}", f"epoch {status.epoch:.2f}"]
-    if status.loss is not None:
-        numbers.append(f"loss {status.loss:.4f}")
-    if status.seconds_left is not None:
-        numbers.append(f"about {clock(status.seconds_left)} of training left")
-    console.print("  " + ", ".join(numbers), highlight=False)
-    console.print(f"  newest valid checkpoint: {status.checkpoint or 'none yet'}", highlight=False)
-    for reason in status.passed_over:
-        console.print(f"  not valid: {reason}", highlight=False)
-    if status.whole_epochs:
-        console.print(f"  every row trained on exactly once in {status.whole_epochs} epochs", highlight=False)
-    for wrong in status.wrong_epochs:
-        console.print(f"  [red]wrong rows[/]: {wrong.what}", highlight=False)
-    if status.jobs:
-        table = Table(box=None, padding=(0, 2))
-        for heading in ("job", "id", "state", "node", "time", "step", ""):
-            table.add_column(heading)
-        for row in status.jobs:
-            seconds = row.get("seconds") or (time.time() - row["started"] if row["state"] == "running" else None)
-            table.add_row(
-                row["kind"],
-                row["id"] or "-",
-                row["state"],
-                row.get("node", "-"),
-                clock(seconds) if seconds is not None else "-",
-                str(row["step"]) if row.get("step") is not None else "-",
-                shortened(row.get("error") or row.get("reason") or ""),
-            )
-        console.print(table)
-    if status.evaluation:
-        show_evaluation(status.evaluation, console)
-
-
-def shortened(text: str, max_length: int = 60) -> str:
-    return text if len(text) <= max_length else f"{text[: max_length - 3]}..."
-
-
-def show_evaluation(evaluation: dict[str, Any], console: Console) -> None:
-    """Print the scores of the evaluation, one a line."""
-    for name, value in evaluation.items():
-        if isinstance(value, int | float):
-            console.print(f"  {name}: {value:.4g}", highlight=False)
 
 
 def clock(seconds: float) -> str:

@@ -71,9 +71,10 @@ class ChainSubmission:
 
         Raises:
             RefusedError: Slurm does not want a job; what it accepted before is released and in the journal.
-            SlurmError: the controller stayed away.
+            SlurmError: the controller stayed away, or somebody ends the run meanwhile.
         """
         for _ in range(MAX_ROUNDS):
+            self.refuse_where_stopped()
             kinds_needed = needed()
             jobs = self.look()
             queued = [job for job in self.journal.jobs if job.released and is_live(job, jobs)]
@@ -92,6 +93,11 @@ class ChainSubmission:
                 self.journal.record(*(replace(job, released=True) for job in plan))
                 return self.outcome(queued + plan, missing=kinds[len(plan) :])
         raise SlurmError(f"Slurm does not have the chain as it should be, even after {MAX_ROUNDS} looks. {RUN_AGAIN}")
+
+    def refuse_where_stopped(self) -> None:
+        """Raise SlurmError where somebody ends the run: what it has in the queue is theirs to cancel."""
+        if self.run.stop.exists():
+            raise SlurmError(f"nothing more is submitted: {self.run.stop.read_text().strip()}")
 
     def look(self) -> dict[str, QueuedJob]:
         """The run's jobs in Slurm by id, those that ended lately among them; the journal learns what it missed."""
@@ -146,6 +152,7 @@ class ChainSubmission:
         for accepted, planned in enumerate(plan):
             job = planned
             if job.id is None:
+                self.refuse_where_stopped()
                 try:
                     job = self.submit_surely(replace(job, after=previous))
                 except RefusedError as error:

@@ -46,8 +46,14 @@ def test_the_readme_is_short_and_every_command_in_it_has_a_test() -> None:
         "./tests/run",  # what runs this test
         "./train.sh configs/gsm8k.yaml --slurm.partition gpu --slurm.gpus_per_node 4",  # test_the_cluster_command_...
         "./train.sh configs/gsm8k.yaml",
-        "./train.sh status gsm8k",  # test_status_and_logs_of_a_run
+        "./train.sh status gsm8k --watch",  # test_status_and_logs_of_a_run
         "./train.sh logs gsm8k -f",
+        "./train.sh stop gsm8k",  # test_verbs_that_steer_a_run; tests/test_steering.py, tests/test_extend.py
+        "./train.sh cancel gsm8k",
+        "./train.sh resume gsm8k",
+        "./train.sh extend gsm8k --jobs 2 --lr-policy rewarm",
+        "./train.sh doctor configs/gsm8k.yaml",  # test_the_doctor_looks_at_this_machine
+        "./train.sh drill configs/test.yaml",  # tests/test_drill.py
         "./train.sh FILE",  # placeholders of the verbs tested below
         "./train.sh check FILE",
         "./train.sh plan FILE",
@@ -86,6 +92,21 @@ def test_status_and_logs_of_a_run(copy: Path) -> None:
     unknown = run(copy, "./train.sh status gsm8k")
     assert unknown.returncode == 64
     assert "no run gsm8k" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["stop gsm8k", "cancel gsm8k", "resume gsm8k", "extend gsm8k --jobs 2 --lr-policy rewarm"]
+)
+def test_verbs_that_steer_a_run_name_the_runs_there_are(copy: Path, command: str) -> None:
+    answer = run(copy, f"./train.sh {command}")
+    assert answer.returncode == 64
+    assert "no run gsm8k" in answer.stderr and "test" in answer.stderr
+
+
+def test_the_doctor_looks_at_this_machine(copy: Path) -> None:
+    answer = run(copy, "./train.sh doctor configs/gsm8k.yaml", "--model.name", "configs/models/tiny")
+    assert answer.returncode in (0, 1), answer.stderr
+    assert "Slurm" in answer.stdout and "disk" in answer.stdout
 
 
 @pytest.mark.parametrize("verb", ["check", "plan", "check-dataset"])

@@ -101,7 +101,7 @@ def test_every_job_waits_for_the_one_before(waiting_partition: SlurmCluster, tmp
     for before, job in itertools.pairwise(jobs):
         shown = waiting_partition.run("squeue", "--noheader", f"--jobs={job.id}", "--format=%E")
         assert shown.startswith(f"afterany:{before.id}")
-    assert {row["state"] for row in read_status(run).jobs} == {"pending"}
+    assert {row.state for row in read_status(run).jobs} == {"waiting"}
 
 
 def test_a_refusal_half_way_keeps_and_names_what_was_accepted(waiting_partition: SlurmCluster, tmp_path: Path) -> None:

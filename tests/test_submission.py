@@ -200,7 +200,7 @@ def test_running_the_file_again_releases_what_was_held_by_hand_and_a_top_up_does
     slurm.run("scontrol", "uhold", held)
     assert top_up(run, print).untouched
     assert slurm.run("squeue", "--noheader", f"--jobs={held}", "--format=%r") == "JobHeldUser"
-    assert "held by you" in {row["reason"].partition(";")[0] for row in read_status(run).jobs}
+    assert "held by you" in {row.reason.partition(";")[0] for row in read_status(run).jobs}
     assert not submit().untouched
     assert_whole(slurm, run)
 

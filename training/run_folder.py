@@ -20,6 +20,8 @@ from typing import Any
 
 import orjson
 
+NEWEST_METRICS_BYTES = 64 * 1024
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -89,6 +91,10 @@ class RunFolder:
         """The metrics so far, oldest first."""
         return read_lines(self.path / "metrics.jsonl")
 
+    def newest_metrics(self) -> list[dict[str, Any]]:
+        """The last few hundred metrics, oldest first, whatever the length of the run."""
+        return read_last_lines(self.path / "metrics.jsonl", max_bytes=NEWEST_METRICS_BYTES)
+
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Append one JSON line with a single write, so that lines of several jobs never mix."""
@@ -109,6 +115,20 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield orjson.loads(line)
             except orjson.JSONDecodeError:
                 continue
+
+
+def read_last_lines(path: Path, *, max_bytes: int) -> list[dict[str, Any]]:
+    """The whole JSON lines within the last `max_bytes` of a log."""
+    if not path.exists():
+        return []
+    offset = max(0, path.stat().st_size - max_bytes)
+    with path.open("rb") as file:
+        file.seek(max(0, offset - 1))
+        content = file.read()
+    if offset:  # a line that began before is left out
+        content = content[content.find(b"\n") + 1 :]
+    whole = content[: content.rfind(b"\n") + 1]
+    return [orjson.loads(line) for line in whole.splitlines()]
 
 
 def read_new_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:

@@ -199,6 +199,7 @@ class BlockTrainer(Trainer):
         self.checkpoint = start
         self.ledger = start.ledger if start else Ledger(rows_per_epoch=len(rows))
         self.counter = RowCounter()
+        self.logged_loss: float | None = None
         self.tokens_of_step = 0
         self.has_settled_buckets = False
         self.uncounted_tokens = 0
@@ -359,6 +360,7 @@ class BlockTrainer(Trainer):
         assert self.logged_at_s is not None
         tokens_per_s = (self.state.num_input_tokens_seen - self.logged_tokens) / (now_s - self.logged_at_s)
         self.logged_tokens, self.logged_at_s = self.state.num_input_tokens_seen, now_s
+        self.logged_loss = logs["loss"]
         metrics = {
             "step": self.state.global_step,
             "horizon_steps": self.horizon.total_steps,
@@ -425,6 +427,8 @@ class BlockTrainer(Trainer):
             self.folder.record_event(
                 "checkpoint",
                 step=step,
+                epoch=self.checkpoint.epoch,
+                loss=self.logged_loss,
                 seconds=round(time.monotonic() - started_s, 3),
                 num_bytes=self.checkpoint.num_bytes,
                 path=self.checkpoint.path.name,
