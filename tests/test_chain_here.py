@@ -130,7 +130,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_while_saving_loses_nothing(small_disk: Path) -> None:
+def final_weights(run: RunFolder) -> bytes:
+    checkpoint, passed_over = newest_valid(run.checkpoints)
+    assert checkpoint is not None and passed_over == []
+    assert checkpoint.step == checkpoint.terms.horizon_steps and not checkpoint.wrong_epochs
+    return (checkpoint.path / "model.safetensors").read_bytes()
+
+
+def test_a_full_disk_while_saving_changes_nothing(small_disk: Path, finished: RunFolder) -> None:
     folder = small_disk
     answer = train_sh(TEST_YAML, *here(folder))
     run = RunFolder(folder / "runs/test")
@@ -144,3 +151,4 @@ def test_a_full_disk_while_saving_loses_nothing(small_disk: Path) -> None:
     again = train_sh(TEST_YAML, *here(folder))
     assert again.returncode == 0, again.stdout + again.stderr
     assert run.done.exists()
+    assert final_weights(run) == final_weights(finished)

@@ -115,13 +115,31 @@ def wait_for_checkpoint(run: FinetuningRun, *, step: int) -> None:
     raise TimeoutError(f"no checkpoint of step {step}")
 
 
-def test_a_broken_newest_checkpoint_costs_only_the_steps_since_the_one_before(make_run: MakeRun) -> None:
+def cut_in_half(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut_in_half, "optimizer.pt has "),
+        (empty, "optimizer.pt has 0 bytes"),
+        (Path.unlink, "optimizer.pt is missing"),
+    ],
+)
+def test_a_broken_newest_checkpoint_costs_only_the_steps_since_the_one_before(
+    damage: Callable[[Path], None], said: str, make_run: MakeRun
+) -> None:
     training = {"save_every": 2, "epochs_per_job": 1, "total_jobs": 2}
     chain, whole = make_run("chain", training=training), make_run("whole", training=training)
     first = finetuning.train(chain)
     newest = chain.folder.checkpoints / f"step_{first.step:08d}"
-    content = (newest / "optimizer.pt").read_bytes()
-    (newest / "optimizer.pt").write_bytes(content[: len(content) // 2])
+    damage(newest / "optimizer.pt")
 
     train_to_the_end(chain)
     train_to_the_end(whole)
@@ -129,7 +147,7 @@ def test_a_broken_newest_checkpoint_costs_only_the_steps_since_the_one_before(ma
     assert_every_row_once_in_each_epoch(chain)
     resumed = next(event for event in chain.folder.events() if event["event"] == "resumed")
     assert resumed["step"] < first.step
-    assert resumed["rejected"][0].startswith(f"{newest.name}: optimizer.pt has ")
+    assert resumed["rejected"][0].startswith(f"{newest.name}: {said}")
 
 
 def test_a_stop_file_ends_the_block_at_the_next_step_and_the_chain_goes_on_from_there(make_run: MakeRun) -> None:
