@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from jobs.preflight import CheckedRun, check_run
 from jobs.progress import RunWatcher, console_for_messages
 from jobs.queue import SlurmError
 from jobs.report import write_report
-from jobs.status import SlurmGlances, read_status
+from jobs.status import SECONDS_BETWEEN_QUESTIONS, SlurmGlances, read_status
 from jobs.status_view import show_evaluation, show_runs, show_status, watch_status
 from jobs.steering import cancel_run, resumed_run, stop_run
 from mixture.recipe import read_mixture
@@ -145,10 +147,26 @@ def submit(run: RunFolder, checked: CheckedRun, plan: Plan, *, wait: bool) -> in
     )
     if not wait:
         return 0
-    watcher.watch(lambda: not launch.queued_jobs(run, tell))
+    watcher.watch(EmptyQueue(run).is_seen)
     status = read_status(run)
     show_status(status, console)
     return ExitCode.DONE if status.state == "done" else 1
+
+
+class EmptyQueue:
+    """Looks whether a run still has jobs, rarely: many people wait before one controller."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.asked_at_s = -math.inf
+
+    def is_seen(self) -> bool:
+        """Whether no job of the run is queued or running any more, as far as is known."""
+        nearly_over = self.run.done.exists() or self.run.halt.exists()
+        if time.monotonic() - self.asked_at_s < (1 if nearly_over else SECONDS_BETWEEN_QUESTIONS):
+            return False
+        self.asked_at_s = time.monotonic()
+        return not launch.queued_jobs(self.run, tell)
 
 
 def extend_command(arguments: list[str]) -> int:
