@@ -121,7 +121,7 @@ def test_an_extended_run_is_not_finished_before_its_longer_horizon(folders: list
     longer = plan_run(extended)
     assert (longer.data_key, longer.prepared) == (plan.data_key, plan.prepared)
     assert [block.steps for block in longer.blocks] == [(0, end), (end, 2 * end), (2 * end, 3 * end)]
-    assert launch.remaining_jobs(run, extended.config.training, prepared=True) == ["block", "block", "evaluate"]
+    assert launch.remaining_jobs(run, extended.config, longer.data_key) == ["block", "block", "evaluate"]
     assert read_status(run).horizon_steps == 3 * end
     assert run_job("evaluate", run) == ExitCode.STOPPED_EARLY and not run.done.exists()
 
