@@ -238,15 +238,16 @@ def waiting_jobs(
         last = max((number for number, job in enumerate(journal.jobs) if job.id in started), default=-1)
         behind = [job for job in journal.jobs[last + 1 :] if job.id]
         return [JobRow(kind=job.kind, id=job.id, state="waiting", reason=UNCONFIRMED) for job in behind]
-    live = [job for job in journal.jobs if job.id in found and found[job.id].is_live and job.id not in started]
-    return [not_started(job, found[str(job.id)]) for job in live]
+    # By name: a submission that was cut off may not have learned the id of its last job.
+    live = {job.name: job for job in found.values() if job.is_live and job.id not in started}
+    return [not_started(job, live[job.name]) for job in journal.jobs if job.name in live]
 
 
 def not_started(job: ChainJob, found: QueuedJob) -> JobRow:
     if found.waits:
         reason = CUT_OFF if found.is_held and not job.released else found.reason_in_words
-        return JobRow(kind=job.kind, id=job.id, state="waiting", reason=reason)
-    return JobRow(kind=job.kind, id=job.id, state="running", reason="starts", node=found.nodes or None)
+        return JobRow(kind=job.kind, id=found.id, state="waiting", reason=reason)
+    return JobRow(kind=job.kind, id=found.id, state="running", reason="starts", node=found.nodes or None)
 
 
 def number_those_to_come(
