@@ -6,15 +6,15 @@ A job that still can diagnoses itself. One that was killed is diagnosed by the n
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 from jobs.chain import JobKind, Journal
 from jobs.config import RunConfig, read_resolved_config
 from jobs.exit_code import CRASHED, ExitCode
-from jobs.queue import SlurmError, live_jobs
+from jobs.queue import SlurmError, call, live_jobs
 from jobs.requeue import SlurmJob, ask_slurm
 from jobs.triage import (
     BlockTiming,
@@ -112,7 +112,7 @@ def silent_start(events: list[dict[str, Any]]) -> dict[str, Any] | None:
     return None
 
 
-def logs_of(run: RunFolder, start: dict[str, Any]) -> list[Any]:
+def logs_of(run: RunFolder, start: dict[str, Any]) -> list[Path]:
     """The logs of all processes of a job."""
     if start["job"] is not None:
         return sorted(run.logs.glob(f"{start['job']}_*_log.out"))
@@ -148,12 +148,11 @@ def halt(run: RunFolder, words: str) -> None:
 def exclude_from_queued(run: RunFolder, hosts: list[str]) -> None:
     """Tell Slurm to start no waiting job of the chain on these hosts."""
     try:
-        waiting = [job.id for job in live_jobs(Journal.open(run)) if job.waits]
+        for job in live_jobs(Journal.open(run)):
+            if job.waits:
+                call("scontrol", "update", f"JobId={job.id}", f"ExcNodeList={','.join(hosts)}")
     except (SlurmError, FileNotFoundError) as error:
-        print(f"cannot exclude {', '.join(hosts)} from queued jobs: {error}", flush=True)
-        return
-    for job_id in waiting:
-        subprocess.run(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(hosts)}"], capture_output=True)
+        print(f"cannot keep all queued jobs off {', '.join(hosts)}: {error}", flush=True)
 
 
 def newest_step(run: RunFolder) -> int:

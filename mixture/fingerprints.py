@@ -93,8 +93,10 @@ def lower_case(text: bytes) -> bytes | None:
     is_wide = letters >= BEYOND_ASCII
     wide = letters[is_wide].tobytes()
     wide_lower = wide_lower_case(wide)
-    if wide_lower is None or wide_lower == wide:
-        return wide_lower and lower
+    if wide_lower is None:
+        return None
+    if wide_lower == wide:
+        return lower
     letters[is_wide] = np.frombuffer(wide_lower, np.uint8)
     return letters.tobytes()
 

@@ -17,6 +17,7 @@ from test_exact_resume import assert_every_row_once_in_each_epoch, assert_identi
 import finetuning
 from jobs.requeue import read_job
 from training.batches import Batch
+from training.config import LoraConfig
 from training.owner import LostOwnershipError, Owner, heart_beats, newest_ticket, read_ticket
 from training.run import FinetuningRun
 from training.stopping import STOP_SIGNALS, StopPoll, StopRequested, StopSignals
@@ -85,12 +86,10 @@ def test_a_stop_between_micro_batches_gives_the_step_up_and_changes_nothing(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = {"gradient_accumulation": 3, "batch_size": 1, "log_every": 1, "epochs_per_job": 2}
-    model = {"peft": True, "name": "", "from_scratch": False}
     base = make_run("base", training={"lr": 1e-3})
     finetuning.train(base)
-    from training.config import LoraConfig
-
-    model |= {"name": str(base.folder.export), "lora": LoraConfig(dropout=0.3, r=4)}
+    adapter = {"peft": True, "lora": LoraConfig(dropout=0.3, r=4)}
+    model = {"name": str(base.folder.export), "from_scratch": False, **adapter}
     whole = make_run("whole", model=model, training=training)
     stopped = make_run("stopped", model=model, training=training)
     train_to_the_end(whole)
