@@ -28,7 +28,11 @@ ComputeLoss = Callable[[torch.nn.Module, Batch, torch.Tensor], torch.Tensor]
 """(model, batch, num_items) -> the loss summed over the batch's supervised tokens, divided by `num_items`."""
 
 
-class PackedDataset(Dataset[list[TokenRow]]):
+Collate = Callable[[Sequence[list[Any]]], Batch]
+"""Packs, each the list of samples that share a row, to their batch; no packs give one token that teaches nothing."""
+
+
+class PackedDataset(Dataset[list[Any]]):
     """The packs of a split; each is the list of samples that share a row. Unpacked data has one sample in each."""
 
     def __init__(self, rows: TokenRows, packs: Packs):
@@ -38,11 +42,11 @@ class PackedDataset(Dataset[list[TokenRow]]):
     def __len__(self) -> int:
         return len(self.packs)
 
-    def __getitem__(self, index: int) -> list[TokenRow]:
+    def __getitem__(self, index: int) -> list[Any]:
         return [self.rows[int(sample)] for sample in self.packs[int(index)]]
 
 
-class NumberedPacks(Dataset[tuple[int, list[TokenRow]]]):
+class NumberedPacks(Dataset[tuple[int, list[Any]]]):
     """The packs of a split, each with its number: the row that it was read as."""
 
     def __init__(self, packs: PackedDataset):
@@ -51,11 +55,11 @@ class NumberedPacks(Dataset[tuple[int, list[TokenRow]]]):
     def __len__(self) -> int:
         return len(self.packs)
 
-    def __getitem__(self, index: int) -> tuple[int, list[TokenRow]]:
+    def __getitem__(self, index: int) -> tuple[int, list[Any]]:
         return int(index), self.packs[index]
 
 
-def collate_numbered(packs: Sequence[tuple[int, list[TokenRow]]]) -> Batch:
+def collate_numbered(packs: Sequence[tuple[int, list[Any]]], *, collate: Collate) -> Batch:
     """The packs' batch with their numbers in `row_numbers`, int64, to be taken off before the model sees it."""
     numbers = np.array([number for number, _ in packs], dtype=np.int64)
     return {**collate([samples for _, samples in packs]), ROW_NUMBERS: numbers}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,25 +42,32 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_model(model: ModelConfig, *, seed: int, checkpoint: Path | None = None) -> PreTrainedModel | PeftModel:
+def build_model(
+    model: ModelConfig, *, seed: int, checkpoint: Path | None = None, layers: Sequence[int] | None = None
+) -> PreTrainedModel | PeftModel:
     """The model to train, on the CPU: all weights in float32, or adapters in float32 on a frozen base.
 
     The forward pass runs in `precision(model)` under autocast; float32 weights take the many small updates that
     bfloat16 would round away. A frozen base takes no updates and is held in the precision of the forward pass.
-    With `checkpoint`, what was trained comes from there; the seed then decides nothing.
+    With `checkpoint`, what was trained comes from there; the seed then decides nothing. With `layers`, only these
+    layers of the decoder are kept, counted from 0.
     """
     register_varlen_attention()
     config = load_model_config(model)
     require_embeddings(model, config)
     set_seed(seed)
     if checkpoint and not model.peft:
-        network = load_weights(replace(model, name=str(checkpoint), revision=None), config)
+        network = load_weights(
+            replace(model, name=str(checkpoint), revision=None), shallower(config, layers) if layers else config
+        )
     elif model.from_scratch:
         network = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=model.attention, trust_remote_code=model.trust_remote_code
         )
     else:
         network = load_weights(model, config)
+        if layers:
+            keep_layers(network, layers)
     if model.attention == "varlen":
         check_packable(network)
     use_chunked_loss(network)
@@ -116,6 +125,31 @@ def load_weights(model: ModelConfig, config: PretrainedConfig) -> PreTrainedMode
             f"model.name: {model.name!r} has a config and no weights that can be read. {where_tried(model.name)} "
             f"To start with random weights, set model.from_scratch: true.\n{error}"
         ) from error
+
+
+def shallower(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
+    """The config of the same model with only these layers of its decoder; ValueError where one does not exist."""
+    config = copy.deepcopy(config)
+    text_config = config.get_text_config()
+    depth = text_config.num_hidden_layers
+    if max(layers) >= depth:
+        raise ValueError(f"layers: there is no layer {max(layers)}; the model has layers 0 to {depth - 1}")
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = [text_config.layer_types[layer] for layer in layers]
+    text_config.num_hidden_layers = len(layers)
+    return config
+
+
+def keep_layers(network: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Take all other layers out of the decoder."""
+    network.config = shallower(network.config, layers)
+    decoder = network.get_decoder()
+    decoder.config = network.config.get_text_config()
+    decoder.layers = torch.nn.ModuleList(decoder.layers[layer] for layer in layers)
+    for number, layer in enumerate(decoder.layers):
+        for module in layer.modules():  # attention looks up its keys and values in the cache by this
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number
 
 
 def precision(model: ModelConfig) -> torch.dtype:

@@ -28,6 +28,7 @@ from training.batches import (
     ROW_NUMBERS,
     Batch,
     BlockSampler,
+    Collate,
     ComputeLoss,
     NumberedPacks,
     PackedDataset,
@@ -86,6 +87,10 @@ def training_arguments(
         # One process drives one GPU; transformers would split our flat batches over all that it sees.
         arguments._n_gpu = 1
     return arguments
+
+
+ExtraMetrics = Callable[[], dict[str, float]]
+"""Further metrics since the last call; asked on all processes at every line that is logged."""
 
 
 @dataclass
@@ -176,6 +181,8 @@ class BlockTrainer(Trainer):
         rows: PackedDataset,
         loss: ComputeLoss,
         *,
+        collate: Collate,
+        extra_metrics: ExtraMetrics | None,
         config: TrainingConfig,
         arguments: TrainingArguments,
         horizon: Horizon,
@@ -189,6 +196,8 @@ class BlockTrainer(Trainer):
         self.control: TrainerControl
         self.lr_scheduler: LambdaLR | None
         self.loss = loss
+        self.collate_packs = partial(collate_numbered, collate=collate)
+        self.extra_metrics = extra_metrics
         self.config = config
         self.horizon = horizon
         self.terms = terms
@@ -217,7 +226,7 @@ class BlockTrainer(Trainer):
             model=model,
             args=arguments,
             train_dataset=rows,
-            data_collator=collate_numbered,
+            data_collator=self.collate_packs,
             callbacks=[CountRows(self.counter), self.schedule],
         )
         self.remove_callback(PrinterCallback)
@@ -257,7 +266,7 @@ class BlockTrainer(Trainer):
         return DataLoader(
             NumberedPacks(self.train_dataset),
             batch_sampler=sampler,  # type: ignore[arg-type]  # arrays of row numbers, which are sequences of them
-            collate_fn=collate_numbered,
+            collate_fn=self.collate_packs,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=self.args.dataloader_persistent_workers,
@@ -371,6 +380,7 @@ class BlockTrainer(Trainer):
             "grad_norm": logs.get("grad_norm"),
             "tokens": self.state.num_input_tokens_seen,
             "tokens_per_s": tokens_per_s,
+            **(self.extra_metrics() if self.extra_metrics else {}),
         }
         if self.ranks.is_main:
             self.folder.record_metrics(**metrics)
