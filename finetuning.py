@@ -16,8 +16,8 @@ from training.block import (
     export_trained,
     held_out_scores,
     make_trainer,
-    open_prepared,
     record_evaluation,
+    scores_on_test_split,
     train_block,
 )
 from training.checkpoints import Checkpoint
@@ -72,39 +72,9 @@ def compute_loss(model: torch.nn.Module, batch: dict[str, Any], num_items: torch
 
 def evaluate(run: FinetuningRun) -> dict[str, Any]:
     """Score the newest valid checkpoint and write evaluation.json: test loss, and answers where the module scores."""
-    from mixture.dataset_modules import score_function
-    from training.evaluation import as_json, generation_score, held_out_loss
-    from training.models import load_tokenizer, precision
-
     ranks = Ranks.of_environment()
-    prepared = open_prepared(run)
     checkpoint = checkpoint_to_evaluate(run, ranks)
     model = build_model(run, checkpoint).to(device_of_process())
-    batch_size = run.evaluation.batch_size or run.training.batch_size
-    loss = None
-    if prepared.splits.get("test"):
-        loss = held_out_loss(
-            model,
-            build_data(run, "test"),
-            compute_loss,
-            batch_size=batch_size,
-            precision=precision(run.model),
-            ranks=ranks,
-        )
-    generated = None
-    # Preparation keeps the questions of the test split where the module scores answers and its rows hold questions.
-    questions_file = prepared.folder / "test_rows.jsonl"
-    score = score_function(run.module) if run.module and run.evaluation.limit and questions_file.exists() else None
-    if score:
-        generated = generation_score(
-            model.to(precision(run.model)),
-            load_tokenizer(run.model),
-            questions_file,
-            score,
-            config=run.evaluation,
-            batch_size=batch_size,
-            ranks=ranks,
-        )
-    result = as_json(loss, generated, step=checkpoint.step, epoch=checkpoint.epoch)
+    result = scores_on_test_split(run, model, compute_loss, checkpoint, ranks)
     record_evaluation(run, result, ranks)
     return result

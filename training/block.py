@@ -203,6 +203,43 @@ def export_trained(run: TrainerRun, model: Any, end: Checkpoint) -> None:
     )
 
 
+def scores_on_test_split(
+    run: TrainerRun, model: Any, compute_loss: ComputeLoss, checkpoint: Checkpoint, ranks: Ranks
+) -> dict[str, Any]:
+    """What evaluation.json holds of any model: test loss, and answers where the dataset module scores them."""
+    from mixture.dataset_modules import score_function
+    from training.evaluation import as_json, generation_score, held_out_loss
+    from training.models import load_tokenizer, precision
+
+    prepared = open_prepared(run)
+    batch_size = run.evaluation.batch_size or run.training.batch_size
+    loss = None
+    if prepared.splits.get("test"):
+        loss = held_out_loss(
+            model,
+            build_data(run, "test"),
+            compute_loss,
+            batch_size=batch_size,
+            precision=precision(run.model),
+            ranks=ranks,
+        )
+    generated = None
+    # Preparation keeps the questions of the test split where the module scores answers and its rows hold questions.
+    questions_file = prepared.folder / "test_rows.jsonl"
+    score = score_function(run.module) if run.module and run.evaluation.limit and questions_file.exists() else None
+    if score:
+        generated = generation_score(
+            model.to(precision(run.model)),
+            load_tokenizer(run.model),
+            questions_file,
+            score,
+            config=run.evaluation,
+            batch_size=batch_size,
+            ranks=ranks,
+        )
+    return as_json(loss, generated, step=checkpoint.step, epoch=checkpoint.epoch)
+
+
 def checkpoint_to_evaluate(run: TrainerRun, ranks: Ranks) -> Checkpoint:
     """The newest valid checkpoint, the same on all processes, which have met by then."""
     join_ranks(run.folder.path, ranks)
