@@ -14,8 +14,8 @@ from training.stopping import StopSignals
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuningRun:
-    """Everything that the finetuning trainer reads."""
+class TrainerRun:
+    """What every trainer reads."""
 
     folder: RunFolder
     prepared: Path
@@ -26,7 +26,6 @@ class FinetuningRun:
     dataset: DatasetConfig
     model: ModelConfig
     training: TrainingConfig
-    finetuning: FinetuningConfig
     evaluation: EvaluationConfig
 
     stopping: StopSignals = field(default_factory=StopSignals)
@@ -34,6 +33,13 @@ class FinetuningRun:
 
     owner: Owner | None = None
     """Of the run folder, in its first process; asked before anything is committed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuningRun(TrainerRun):
+    """Everything that the finetuning trainer reads."""
+
+    finetuning: FinetuningConfig
 
 
 @dataclass(frozen=True, kw_only=True)
