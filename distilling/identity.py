@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import xxhash
 
 from distilling.config import CacheConfig, TeacherModelConfig
 from mixture.prepare import text_file_digests
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FORMAT_VERSION = 1
 """Raised whenever the same request gives other files, so that old caches are not taken for new."""
@@ -70,6 +73,56 @@ def sampled_digest(path: Path) -> str:
             file.seek(max(size - BLOCK_BYTES, 0) * block // (SAMPLED_BLOCKS - 1))
             digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()
+
+
+# --- what a cache was made of
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheIdentity:
+    """What a cache was made of; it serves only runs that are made of the same."""
+
+    teacher: str
+    """Name and revision, for messages: a teacher that was moved is the same one."""
+
+    teacher_digest: str
+    vocabulary_digest: str
+    """Of the tokenizer's map from tokens to ids."""
+
+    chat_template_digest: str
+    data_fingerprint: str
+
+    @classmethod
+    def of(
+        cls, teacher: TeacherModelConfig, tokenizer: PreTrainedTokenizerBase, *, data_fingerprint: str
+    ) -> CacheIdentity:
+        """The identity of a cache that this teacher makes of data that this tokenizer has made."""
+        identity = orjson.dumps(teacher_identity(teacher), option=orjson.OPT_SORT_KEYS)
+        vocabulary = orjson.dumps(tokenizer.get_vocab(), option=orjson.OPT_SORT_KEYS)
+        template = orjson.dumps(tokenizer.chat_template, option=orjson.OPT_SORT_KEYS)
+        return cls(
+            teacher=teacher.name if teacher.revision is None else f"{teacher.name} at {teacher.revision}",
+            teacher_digest=xxhash.xxh3_64_hexdigest(identity),
+            vocabulary_digest=xxhash.xxh3_64_hexdigest(vocabulary),
+            chat_template_digest=xxhash.xxh3_64_hexdigest(template),
+            data_fingerprint=data_fingerprint,
+        )
+
+    def differences(self, other: CacheIdentity) -> list[str]:
+        """What differs from another one, in words with both values, this one's first."""
+        mine, its = asdict(self), asdict(other)
+        words = {
+            "teacher_digest": "teacher",
+            "vocabulary_digest": "vocabulary of the tokenizer",
+            "chat_template_digest": "chat template",
+            "data_fingerprint": "prepared data",
+        }
+        found = []
+        for key, word in words.items():
+            if mine[key] != its[key]:
+                name, its_name = (f"{self.teacher} ", f"{other.teacher} ") if word == "teacher" else ("", "")
+                found.append(f"{word}: {name}({mine[key]}) and {its_name}({its[key]})")
+        return found
 
 
 # --- the folder
