@@ -56,7 +56,7 @@ def preparation_request(config: RunConfig, module: ModuleFile | None, mixture: P
         tokenizer=config.model.tokenizer or config.model.name,
         revision=config.model.revision if config.model.tokenizer is None else None,
         trust_remote_code=config.model.trust_remote_code,
-        objective=config.finetuning.objective,
+        objective=config.objective,
         seed=config.seed,
     )
 
