@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from distilling.config import DistillationConfig, TeacherModelConfig
 from mixture.config import DatasetConfig
+from mixture.render import Objective
 from settings.typed import build, leaves
 from settings.yaml_tree import ConfigError, ConfigTree, Problem, read_config_file, read_overrides
 from training.arguments import OWNED_ARGUMENTS, training_argument_names
@@ -184,9 +185,9 @@ class RunConfig:
         return PROJECT / Path(self.data_dir).expanduser()
 
     @property
-    def objective(self) -> Literal["sft", "pretrain"]:
+    def objective(self) -> Objective:
         """What the data is prepared for."""
-        return self.finetuning.objective if self.trainer == "finetuning" else "sft"
+        return self.finetuning.objective if self.trainer == "finetuning" else "mixed"
 
 
 def read_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
