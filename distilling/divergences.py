@@ -85,7 +85,7 @@ def distillation_loss(
     hidden_NH: torch.Tensor,
     head: Head,
     targets_N: torch.Tensor,
-    teacher: SparseTargets | DenseTeacher,
+    teacher: SparseTargets | DenseTeacher | None,
     settings: LossSettings,
     *,
     token_weights_N: torch.Tensor | None = None,
@@ -95,9 +95,11 @@ def distillation_loss(
     """Sum over tokens of `token weight * ((1 - weight) * cross entropy + weight * temperature^2 * divergence)`.
 
     The cross entropy is at temperature 1. `shape` is the student's. Multiplies in the autocast dtype where autocast is
-    on, else in the weight's; softmax and sums are in float32. The teacher gets no gradient.
+    on, else in the weight's; softmax and sums are in float32. The teacher gets no gradient; none is needed at weight 0.
     """
-    if isinstance(teacher, DenseTeacher):
+    if teacher is None:
+        assert settings.weight == 0, "a divergence is a distance from a teacher"
+    elif isinstance(teacher, DenseTeacher):
         vocabularies = len(head.weight), len(teacher.head.weight)
         assert vocabularies[0] == vocabularies[1], f"heads of {vocabularies} tokens; slice them to the smaller"
         teacher = _ready(teacher)
@@ -119,7 +121,7 @@ def _ready(teacher: DenseTeacher) -> DenseTeacher:
 @dataclass(frozen=True)
 class _MixedLoss:
     targets_N: torch.Tensor
-    teacher: SparseTargets | DenseTeacher
+    teacher: SparseTargets | DenseTeacher | None
     settings: LossSettings
     token_weights_N: torch.Tensor | None
     shape: LogitShape
@@ -138,7 +140,7 @@ class _MixedLoss:
             weights_N1 = self.token_weights_N[chunk, None].to(dtype)
 
         share, temperature = self.settings.weight, self.settings.temperature
-        if share == 0:
+        if share == 0 or self.teacher is None:
             parts = _cross_entropy(logits_NV, targets_N1, weights_N1, wants_gradient)
         elif isinstance(self.teacher, SparseTargets):
             parts = _sparse(logits_NV, targets_N1, self.teacher.rows(chunk), self.settings, weights_N1, wants_gradient)
