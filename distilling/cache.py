@@ -14,6 +14,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -92,7 +93,7 @@ TOKEN_TYPES: dict[str, pa.DataType] = {
 # gives a third at most, and costs short rows more than half of their speed.
 COMPRESSED = ("topk_hi", "tail_hi", "input_ids", "loss_mask")
 
-POSITIONS_PER_GROUP = 1024
+POSITIONS_PER_GROUP = 512
 """Of a row group, about. Fewer read a short row faster and make a shard slower to open."""
 
 OPEN_SHARDS = 64
@@ -160,7 +161,7 @@ class Manifest:
             if getattr(self, name) != getattr(other, name)
         ]
 
-    @property
+    @cached_property
     def columns(self) -> list[str]:
         """Columns that are arrays over positions, as far as this cache keeps them."""
         kept = {"topk": self.k, "tail": self.draws, "keep": len(self.keep_ids)}
@@ -448,7 +449,6 @@ class TeacherCache:
         """What the cache holds of a row. ValueError where it has no such row, or holds ids beyond the vocabulary."""
         hashed = sample_hash(row.sample_id)
         shard = hashed % self.manifest.shards
-        path = shard_file(self.folder, shard)
         file = self.file(shard)
         place = self.places[shard].find(hashed)
         if place is None:
@@ -473,8 +473,8 @@ class TeacherCache:
         largest = max(kept.topk_NK.max(initial=0), kept.drawn_D.max(initial=0))
         if largest >= self.manifest.vocabulary:
             raise ValueError(
-                f"{path}: sample {row.sample_id!r} holds token {largest}, and the teacher has "
-                f"{self.manifest.vocabulary}; {MAKE_AGAIN} once the file is removed"
+                f"{shard_file(self.folder, shard)}: sample {row.sample_id!r} holds token {largest}, and the teacher "
+                f"has {self.manifest.vocabulary}; {MAKE_AGAIN} once the file is removed"
             )
         return kept
 
@@ -551,7 +551,10 @@ def with_draws(exact: tuple[Array, Array, Array], kept: KeptRow) -> RowTargets:
     count, width = exact[0].shape
     starts, lengths = kept.drawn_starts.astype(np.int64), kept.drawn_lengths_N
     most = int(lengths.max(initial=0))
-    ids, log_p, weights = (np.concatenate([known, np.zeros((count, most), known.dtype)], axis=1) for known in exact)
+    ids, log_p, weights = (
+        np.concatenate([known, np.full((count, most), filling, known.dtype)], axis=1)
+        for known, filling in zip(exact, (0, -np.inf, 0), strict=True)
+    )
     position_D = np.repeat(np.arange(count), lengths)
     column_D = width + np.arange(len(position_D)) - np.repeat(starts[:-1], lengths)
     draws_N = np.bincount(position_D, kept.drawn_count_D, minlength=count)

@@ -185,7 +185,7 @@ def use_chunked_loss(model: PreTrainedModel) -> None:
     Without labels the forward is the model's own. Call it before or after adapters are added to the model.
     Raises ValueError for a model whose logits are not a (scaled, capped) linear head on its decoder's output.
     """
-    _check_logits(model)
+    check_logits(model)
 
     # The class's forward lends its signature: Trainer reads from it which columns the model takes.
     @functools.wraps(type(model).forward)
@@ -269,8 +269,8 @@ class _HiddenStates(BaseModelOutputWithPast):
 
 
 @torch.no_grad()
-def _check_logits(model: PreTrainedModel) -> None:
-    """Raises ValueError unless the model's own forward makes the logits that the chunked loss is about to assume."""
+def check_logits(model: PreTrainedModel) -> None:
+    """Raises ValueError unless the model's own forward makes the logits that a chunked loss is about to assume."""
     head, shape = output_head(model), logit_shape(model)
     if head.weight.is_meta:
         return
