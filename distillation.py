@@ -33,8 +33,9 @@ from training.run import BlockResult
 # torch and transformers take seconds to import, and a block with nothing left to do should not wait for them.
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
-    from distilling.teacher import LiveTeacher
+    from distilling.live import LiveTeacher
     from training.batches import PackedDataset
     from training.trainer import BlockTrainer
 
@@ -45,7 +46,9 @@ def train(run: DistillationRun) -> BlockResult:
         run,
         build_trainer=lambda start: build_trainer(run, start),
         score_block=lambda trainer: held_out_scores(run, trainer, cross_entropy),
-        export=lambda end: export_trained(run, build_model(run, end, with_projections=False), end),
+        export=lambda end: export_trained(
+            run, build_model(run, end, with_projections=False), build_tokenizer(run), end
+        ),
     )
 
 
@@ -61,7 +64,7 @@ def build_trainer(run: DistillationRun, start: BlockStart) -> BlockTrainer:
         model=model,
         rows=build_data_with_targets(run),
         compute_loss=loss_function(run, build_teacher(run), parts),
-        collate=DistillationCollate(weights),
+        collate=DistillationCollate(weights, has_targets=run.distillation.teacher == "cache"),
         objective=objective(run),
         extra_metrics=parts.take,
     )
@@ -116,9 +119,12 @@ def kept_layers(run: DistillationRun) -> list[int] | None:
 
 
 def teacher_shape(run: DistillationRun) -> Any:
-    from distilling.teacher import teacher_config
+    """Depth, width and vocabulary of the teacher, as its config.json has them."""
+    from training.models import load_model_config
 
-    return teacher_config(run.distillation.teacher_model)
+    teacher = run.distillation.teacher_model
+    model = ModelConfig(name=teacher.name, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
+    return load_model_config(model).get_text_config()
 
 
 def shared_vocabulary(run: DistillationRun) -> int | None:
@@ -149,14 +155,26 @@ def matched_layers(run: DistillationRun) -> dict[int, int]:
 
 def build_teacher(run: DistillationRun) -> LiveTeacher | None:
     """The teacher beside the student, where it is live."""
-    from distilling.teacher import LiveTeacher, load_teacher
-
     if run.distillation.teacher != "live":
         return None
-    network = load_teacher(run.distillation.teacher_model, device_of_process(), attention=run.model.attention)
+    from distilling.live import LiveTeacher
+    from distilling.teacher import load_teacher
+
+    teacher = load_teacher(run.distillation.teacher_model, device_of_process())
     vocabulary = shared_vocabulary(run)
     assert vocabulary is not None
-    return LiveTeacher(network, vocabulary, run.distillation.hidden_states, matched_layers(run))
+    return LiveTeacher(teacher, vocabulary, run.distillation.hidden_states, matched_layers(run))
+
+
+def build_tokenizer(run: DistillationRun) -> PreTrainedTokenizerBase:
+    """The tokenizer that made the data: the one that is named, else the teacher's, since its distributions are over
+    its tokens."""
+    from training.models import load_tokenizer
+
+    if run.model.tokenizer is not None or run.distillation.teacher == "text":
+        return load_tokenizer(run.model)
+    teacher = run.distillation.teacher_model
+    return load_tokenizer(replace(run.model, name=teacher.name, revision=teacher.revision))
 
 
 def build_data_with_targets(run: DistillationRun) -> PackedDataset:
@@ -258,7 +276,10 @@ def evaluate(run: DistillationRun) -> dict[str, Any]:
     student = build_model(run, checkpoint, with_projections=False).to(device_of_process())
     comparison = compare_with_teacher(run, student, ranks)
     # Last, as it turns the weights into the precision that answers are written in.
-    result = {**scores_on_test_split(run, student, cross_entropy, checkpoint, ranks), **comparison}
+    result = {
+        **scores_on_test_split(run, student, build_tokenizer(run), cross_entropy, checkpoint, ranks),
+        **comparison,
+    }
     record_evaluation(run, result, ranks)
     return result
 
@@ -278,7 +299,7 @@ def compare_with_teacher(run: DistillationRun, student: Any, ranks: Ranks) -> di
         models["control"] = build_control(run).to(device)
     teacher = None
     if run.distillation.teacher in ("cache", "live"):
-        teacher = load_teacher(run.distillation.teacher_model, device, attention=run.model.attention)
+        teacher = load_teacher(run.distillation.teacher_model, device).model
     scores = compare(
         models,
         teacher,

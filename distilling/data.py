@@ -32,6 +32,12 @@ class TaughtRow:
     targets: RowTargets
 
 
+NO_TARGETS = RowTargets(
+    np.empty((0, 1), np.int32), np.empty((0, 1), np.float32), np.empty((0, 1), np.float32), np.empty(0, np.float32)
+)
+"""What an empty batch learns, so that every process does the same."""
+
+
 class TaughtPacks(PackedDataset):
     """The packs of a split, each sample with its targets."""
 
@@ -53,13 +59,16 @@ class DistillationCollate:
     source_weights: Mapping[str, float]
     """Weight of the tokens of a source where it is not 1."""
 
+    has_targets: bool
+    """Whether samples come with targets from a cache."""
+
     def __call__(self, packs: Sequence[list[Any]]) -> Batch:
         """The batch, with the teacher's targets in `teacher` and the weights of its supervised tokens, [N]."""
         samples = [sample for pack in packs for sample in pack]
         rows = [sample.row if isinstance(sample, TaughtRow) else sample for sample in samples]
         batch = collate([rows] if rows else [])
-        if samples and isinstance(samples[0], TaughtRow):
-            batch[TARGETS] = SparseTargets.joined([sample.targets for sample in samples])
+        if self.has_targets:
+            batch[TARGETS] = SparseTargets.joined([sample.targets for sample in samples] or [NO_TARGETS])
         if self.source_weights:
             weights = [
                 np.full(int(row.loss_mask[1:].sum()), self.source_weights.get(row.source, 1.0), dtype=np.float32)

@@ -78,9 +78,8 @@ def _forward_with_loss(
     vocabulary: int | None,
     **kwargs: Any,
 ) -> DistillationOutput:
-    outputs = student.base_model(
-        *args, **{"use_cache": False, **kwargs}, output_hidden_states=hidden_states is not None
-    )
+    kwargs = {"use_cache": False, **kwargs, "output_hidden_states": hidden_states is not None}
+    outputs = student.base_model(*args, **kwargs)
     places = supervised_places(labels)
     hidden_NH = outputs[0].flatten(0, 1).index_select(0, places.index)
     parts = distillation_loss(

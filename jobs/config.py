@@ -139,6 +139,15 @@ OWNED_SBATCH_OPTIONS = frozenset(
 
 
 @dataclass(kw_only=True, frozen=True)
+class TokenizerSource:
+    """Where a tokenizer is loaded from."""
+
+    name: str
+    revision: str | None
+    trust_remote_code: bool
+
+
+@dataclass(kw_only=True, frozen=True)
 class RunConfig:
     """One run: what is trained on what, how, and where."""
 
@@ -183,6 +192,16 @@ class RunConfig:
     def data_folder(self) -> Path:
         """Where prepared data lies."""
         return PROJECT / Path(self.data_dir).expanduser()
+
+    @property
+    def tokenizer(self) -> TokenizerSource:
+        """The tokenizer that makes the tokens: the one that is named, else that of the teacher whose distributions over
+        them are learned, else the model's own."""
+        model, distillation = self.model, self.distillation
+        if model.tokenizer is not None:
+            return TokenizerSource(name=model.tokenizer, revision=None, trust_remote_code=model.trust_remote_code)
+        source = distillation.teacher_model if distillation and distillation.teacher != "text" else model
+        return TokenizerSource(name=source.name, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
     @property
     def objective(self) -> Objective:
