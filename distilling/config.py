@@ -193,9 +193,6 @@ class DistillationConfig:
     tail: Literal["bucket", "renormalised"] = "bucket"
     """What becomes of the mass outside a topk cache: one more class, or left out and the rest scaled up to 1."""
 
-    mask_rationale: bool = False
-    """Leave the tokens of rationales, as `metadata` marks them, out of the loss."""
-
     category_weights: dict[str, float] = field(default_factory=dict)
     """Weight of the tokens of each category or source of the mixture; 1 where it is not named."""
 

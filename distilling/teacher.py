@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,3 +95,16 @@ def use_packing(model: PreTrainedModel) -> bool:
         return False
     model.set_attn_implementation("varlen")
     return True
+
+
+@contextmanager
+def told_of_full_memory(*, lower: str) -> Iterator[None]:
+    """What to do where the device has too little memory, as a ValueError; `lower` is the key that helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"the teacher does not fit into the memory of this device. Lower {lower}, set "
+            "distillation.teacher_model.dtype: bfloat16, or give each task more GPUs (slurm.gpus_per_node): the "
+            f"teacher is spread over all that a task sees.\n{error}"
+        ) from error

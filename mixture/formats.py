@@ -85,7 +85,7 @@ class Candidate:
 
     format: Format
     other_columns: tuple[str, ...]
-    """Columns that the format does not read; plain values in them are kept as metadata."""
+    """Columns that the format does not read; plain values in them are kept as metadata, and spans of a rationale."""
 
 
 def canonical_sample(row: Row, *, source: str, row_id: str) -> Sample:
@@ -134,7 +134,7 @@ def canonical_parts(
     else:
         metadata = {}
         for name in candidate.other_columns:
-            if isinstance(value := row[name], PLAIN_TYPES):
+            if isinstance(value := row[name], PLAIN_TYPES) or (name == "rationale" and value is not None):
                 metadata[name] = value
         if row_format.notes is not None:
             metadata.update(row_format.notes(row, content))

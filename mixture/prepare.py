@@ -80,6 +80,8 @@ class SplitStats:
     """Rows left out, by reason."""
     longer_than_max_length: int
     """Samples over dataset.max_length, whatever the policy did with them."""
+    rationale_tokens: int
+    """Tokens of rationales that `dataset.mask_rationale` took out of the loss, those of dropped samples among them."""
     tokens: int
     loss_tokens: int
     """Tokens that count in the loss; the first token of a row never does."""
@@ -279,7 +281,11 @@ def write_prepared(request: PreparationRequest, folder: Path, report: Report, wo
     # All splits before any is written: a missing test split should not cost the time of writing the train split.
     inputs = module_splits(request, folder, tokenizer, report) if request.module else mixture_splits(request)
     renderer = Renderer(
-        tokenizer, objective=request.objective, max_length=dataset.max_length, over_length=dataset.over_length
+        tokenizer,
+        objective=request.objective,
+        max_length=dataset.max_length,
+        over_length=dataset.over_length,
+        mask_rationale=dataset.mask_rationale,
     )
     tokenising = Tokenising(renderer, dataset.tokenizer_backend, workers, report)
     splits: dict[str, SplitStats] = {}
@@ -351,7 +357,7 @@ class SplitWriter:
         kinds: Counter[str] = Counter()
         dropped: Counter[str] = Counter()
         sources: dict[str, SourceStats] = {}
-        samples = longer_than_max_length = 0
+        samples = longer_than_max_length = rationale_tokens = 0
         stage_starts = [0]
         stage = 0
         told = time.monotonic()
@@ -368,6 +374,7 @@ class SplitWriter:
                 kinds += batch.kinds
                 dropped += batch.dropped
                 longer_than_max_length += batch.longer_than_max_length
+                rationale_tokens += batch.rationale_tokens
                 self.never_ends_turns |= batch.never_ends_turns
                 for source, stats in batch.sources.items():
                     sources[source] = sources.get(source, NOTHING) + stats
@@ -378,6 +385,12 @@ class SplitWriter:
         samples += split.dropped.total()
         if not samples:
             raise ValueError(f"split {self.name}: {split} returned 0 rows")
+        if self.dataset.mask_rationale and self.name == "train" and not rationale_tokens:
+            raise ValueError(
+                f"dataset.mask_rationale: none of {samples} rows marks a rationale, so there is nothing to mask; leave "
+                "the key out, or have the dataset module return a column `rationale`, [[start, end], ...] in "
+                "characters of the answer"
+            )
         lengths = np.array(tokens.lengths, dtype=np.int32)
         if not len(lengths):
             raise ValueError(
@@ -398,6 +411,7 @@ class SplitWriter:
             rows=len(lengths),
             dropped=dict(dropped),
             longer_than_max_length=longer_than_max_length,
+            rationale_tokens=rationale_tokens,
             tokens=int(lengths.sum(dtype=np.int64)),
             loss_tokens=sum(stats.loss_tokens for stats in sources.values()),
             packs=len(packs),
@@ -574,6 +588,8 @@ def summary(name: str, stats: SplitStats, dataset: DatasetConfig) -> Iterator[st
     filled = stats.tokens / (stats.packs * dataset.max_length)
     packed = f" in {stats.packs} packs, {filled:.1%} full" if dataset.packing else ""
     yield f"{name}: {stats.tokens} tokens, {stats.loss_tokens / stats.tokens:.0%} with loss{packed}"
+    if dataset.mask_rationale:
+        yield f"{name}: {stats.rationale_tokens} tokens of rationales left out of the loss"
     if len(stats.sources) > 1:
         for source, part in sorted(stats.sources.items(), key=lambda item: -item[1].tokens):
             yield (
