@@ -19,6 +19,7 @@ from distilling.config import (
     CacheConfig,
     DistillationConfig,
     HiddenStatesConfig,
+    OnPolicyConfig,
     StudentConfig,
     TeacherModelConfig,
 )
@@ -109,6 +110,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hybrid cache": {"teacher": "cache", "cache": CacheConfig(kind="hybrid", k=4, draws=4)},
     "live": {"teacher": "live", "divergence": "reverse_kl"},
     "hidden states": {"teacher": "live", "hidden_states": HiddenStatesConfig(weight=0.5)},
+    "on policy": {"teacher": "live", "on_policy": OnPolicyConfig(share=0.5, max_new_tokens=6)},
     "none": {"teacher": "none", "category_weights": {"sums": 0.5}},
 }
 
