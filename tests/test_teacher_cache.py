@@ -150,7 +150,7 @@ def manifest_of(kind: str = "topk", **changes: Any) -> Manifest:
     return Manifest(**{**plain, **changes})
 
 
-def token_rows(count: int, longest: int = 30) -> list[TokenRow]:
+def token_rows(count: int, longest: int = 16) -> list[TokenRow]:
     generator = np.random.default_rng(5)
     rows = []
     for number in range(count):
