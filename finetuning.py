@@ -16,8 +16,8 @@ from training.block import (
     export_trained,
     held_out_scores,
     make_trainer,
-    open_prepared,
     record_evaluation,
+    scores_on_test_split,
     train_block,
 )
 from training.checkpoints import Checkpoint
@@ -27,6 +27,7 @@ from training.run import BlockResult, FinetuningRun
 # torch and transformers take seconds to import, and a block with nothing left to do should not wait for them.
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from training.trainer import BlockTrainer
 
@@ -37,7 +38,7 @@ def train(run: FinetuningRun) -> BlockResult:
         run,
         build_trainer=lambda start: build_trainer(run, start),
         score_block=lambda trainer: held_out_scores(run, trainer, compute_loss),
-        export=lambda end: export_trained(run, build_model(run, end), end),
+        export=lambda end: export_trained(run, build_model(run, end), build_tokenizer(run), end),
     )
 
 
@@ -59,6 +60,13 @@ def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module
     return models.build_model(run.model, seed=run.seed, checkpoint=start.path if start else None)
 
 
+def build_tokenizer(run: FinetuningRun) -> PreTrainedTokenizerBase:
+    """The tokenizer that made the data."""
+    from training.models import load_tokenizer
+
+    return load_tokenizer(run.model)
+
+
 def compute_loss(model: torch.nn.Module, batch: dict[str, Any], num_items: torch.Tensor) -> torch.Tensor:
     """Cross entropy of the supervised tokens, summed over the batch and divided by `num_items`.
 
@@ -72,39 +80,9 @@ def compute_loss(model: torch.nn.Module, batch: dict[str, Any], num_items: torch
 
 def evaluate(run: FinetuningRun) -> dict[str, Any]:
     """Score the newest valid checkpoint and write evaluation.json: test loss, and answers where the module scores."""
-    from mixture.dataset_modules import score_function
-    from training.evaluation import as_json, generation_score, held_out_loss
-    from training.models import load_tokenizer, precision
-
     ranks = Ranks.of_environment()
-    prepared = open_prepared(run)
     checkpoint = checkpoint_to_evaluate(run, ranks)
     model = build_model(run, checkpoint).to(device_of_process())
-    batch_size = run.evaluation.batch_size or run.training.batch_size
-    loss = None
-    if prepared.splits.get("test"):
-        loss = held_out_loss(
-            model,
-            build_data(run, "test"),
-            compute_loss,
-            batch_size=batch_size,
-            precision=precision(run.model),
-            ranks=ranks,
-        )
-    generated = None
-    # Preparation keeps the questions of the test split where the module scores answers and its rows hold questions.
-    questions_file = prepared.folder / "test_rows.jsonl"
-    score = score_function(run.module) if run.module and run.evaluation.limit and questions_file.exists() else None
-    if score:
-        generated = generation_score(
-            model.to(precision(run.model)),
-            load_tokenizer(run.model),
-            questions_file,
-            score,
-            config=run.evaluation,
-            batch_size=batch_size,
-            ranks=ranks,
-        )
-    result = as_json(loss, generated, step=checkpoint.step, epoch=checkpoint.epoch)
+    result = scores_on_test_split(run, model, build_tokenizer(run), compute_loss, checkpoint, ranks)
     record_evaluation(run, result, ranks)
     return result

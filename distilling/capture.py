@@ -41,7 +41,7 @@ from mixture.prepare import PreparedData
 from mixture.shards import TokenRow, TokenRows
 from mixture.whole_files import remove_leftovers
 from training.batches import IGNORED, flat_batch
-from training.losses import _shape_logits, tokens_per_chunk
+from training.losses import shape_logits, tokens_per_chunk
 from training.models import stop_token_ids
 
 # Tensors are named by shape. N positions, V vocabulary, K most probable tokens, M tokens that are always kept,
@@ -329,7 +329,7 @@ def reduced(
     chunks = []
     for start in range(0, max(len(labels_N), 1), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
-        logits_NV = _shape_logits(linear(hidden_NH[chunk], *head), teacher.logit_shape, torch.float32).float()
+        logits_NV = shape_logits(linear(hidden_NH[chunk], *head), teacher.logit_shape).float()
         chunks.append(reduce_logits(logits_NV, labels_N[chunk].to(device), uniforms_ND[chunk].to(device), manifest))
     parts = [torch.cat(tensors).cpu().numpy() for tensors in zip(*chunks, strict=True)]
     top, top_logp, label_logp, keep_logp, lse, log_tail, draws, draws_logp, num_draws = parts

@@ -79,6 +79,11 @@ def teacher_identity(teacher: TeacherModelConfig) -> Any:
     return {**text_file_digests(folder), **{file.name: sampled_digest(file) for file in weights}}
 
 
+def teacher_digest(teacher: TeacherModelConfig) -> str:
+    """16 hex digits over `teacher_identity`."""
+    return xxhash.xxh3_64_hexdigest(orjson.dumps(teacher_identity(teacher), option=orjson.OPT_SORT_KEYS))
+
+
 def sampled_digest(path: Path) -> str:
     """xxh3-128 of a weights file's size, its safetensors header, and evenly spaced blocks of it."""
     size = path.stat().st_size
@@ -115,12 +120,11 @@ class CacheIdentity:
         cls, teacher: TeacherModelConfig, tokenizer: PreTrainedTokenizerBase, *, data_fingerprint: str
     ) -> CacheIdentity:
         """The identity of a cache that this teacher makes of data that this tokenizer has made."""
-        identity = orjson.dumps(teacher_identity(teacher), option=orjson.OPT_SORT_KEYS)
         vocabulary = orjson.dumps(tokenizer.get_vocab(), option=orjson.OPT_SORT_KEYS)
         template = orjson.dumps(tokenizer.chat_template, option=orjson.OPT_SORT_KEYS)
         return cls(
             teacher=teacher.name if teacher.revision is None else f"{teacher.name} at {teacher.revision}",
-            teacher_digest=xxhash.xxh3_64_hexdigest(identity),
+            teacher_digest=teacher_digest(teacher),
             vocabulary_digest=xxhash.xxh3_64_hexdigest(vocabulary),
             chat_template_digest=xxhash.xxh3_64_hexdigest(template),
             data_fingerprint=data_fingerprint,

@@ -441,7 +441,7 @@ def settings_findings(file: Path, overrides: Sequence[str], runs: Path) -> Itera
             yield problem("settings", str(wrong), "mend the file; ./train.sh check says the same")
         return
     yield fine("settings", f"{file} is fine", "./train.sh plan shows blocks, steps and costs")
-    all_bytes = checkpoint_bytes(checked, count_parameters(checked.config.model))
+    all_bytes = checkpoint_bytes(checked, count_parameters(checked.config.model.name))
     one_bytes = all_bytes // (checked.config.training.keep_checkpoints + 1) if all_bytes else None
     yield disk_finding(runs, CHECKPOINTS_THAT_MUST_FIT * one_bytes if one_bytes else None)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.snapshot import read_manifest
 from jobs.status import RunStatus, read_status
-from jobs.status_view import COLUMNS, cells, remark
+from jobs.status_view import COLUMNS, cells, compared_models, remark
 from mixture.whole_files import write_whole
 from training.run_folder import RunFolder
 
@@ -160,7 +160,25 @@ def evaluation_section(evaluation: dict[str, Any] | None) -> str:
     )
     headings = "".join(f"<th>{html.escape(key)}</th>" for key in next(iter(evaluation.get("examples", [])), {}))
     answers = f"<h2>Some answers</h2><table><tr>{headings}</tr>{examples}</table>" if examples else ""
-    return f"<h2>Evaluation</h2><table>{scores}</table>{answers}"
+    return f"<h2>Evaluation</h2><table>{scores}</table>{comparison(evaluation)}{answers}"
+
+
+def comparison(evaluation: dict[str, Any]) -> str:
+    """A table of the models that were compared, for each category of the test split."""
+    categories = dict.fromkeys(name for found in evaluation.get("models", {}).values() for name in found)
+    return "".join(comparison_of(category, compared_models(evaluation, category)) for category in categories)
+
+
+def comparison_of(category: str, models: Sequence[tuple[str, dict[str, float]]]) -> str:
+    columns = list(dict.fromkeys(name for _, found in models for name in found))
+    headings = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in ["model", *columns])
+    rows = "".join(
+        f"<tr><td>{html.escape(model)}</td>"
+        + "".join(f"<td>{found[name]:.4g}</td>" if name in found else "<td></td>" for name in columns)
+        + "</tr>"
+        for model, found in models
+    )
+    return f"<h2>Compared on {html.escape(category)}</h2><table><tr>{headings}</tr>{rows}</table>"
 
 
 def jobs_section(status: RunStatus) -> str:

@@ -130,7 +130,17 @@ def show_evaluation(evaluation: dict[str, Any], console: Console) -> None:
 
 
 def scores(evaluation: dict[str, Any]) -> list[str]:
-    return [f"  {name}: {value:.4g}" for name, value in evaluation.items() if isinstance(value, int | float)]
+    """The scores of the trained model, one a line, and how others compare, a line each."""
+    own = [f"  {name}: {value:.4g}" for name, value in evaluation.items() if isinstance(value, int | float)]
+    return own + [
+        f"  {model}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in of_all.items())
+        for model, of_all in compared_models(evaluation)
+    ]
+
+
+def compared_models(evaluation: dict[str, Any], category: str = "all") -> list[tuple[str, dict[str, float]]]:
+    """What was measured of each model that the evaluation compares, over one category of the test split."""
+    return [(model, found[category]) for model, found in evaluation.get("models", {}).items() if category in found]
 
 
 def show_runs(statuses: Sequence[RunStatus], console: Console) -> None:

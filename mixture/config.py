@@ -45,7 +45,8 @@ class DatasetConfig:
     """Longest row in tokens, and the length of a pack."""
 
     over_length: Literal["drop", "split", "truncate"] | None = None
-    """What happens to longer rows; always counted. Unset: `split` for pretraining, `drop` for conversations."""
+    """What happens to longer rows; always counted. Unset: `split` for texts and pretraining, `drop` for
+    conversations."""
 
     packing: bool = True
     """Put several samples into one row of `max_length` tokens, without attention across samples."""

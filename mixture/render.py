@@ -32,11 +32,15 @@ from mixture.tokenizers import (
     span_mask,
 )
 
-Objective = Literal["sft", "pretrain"]
+Objective = Literal["sft", "pretrain", "mixed"]
+"""What counts in the loss: assistant turns, every token, or the former in conversations and the latter in texts."""
+
 OverLength = Literal["drop", "split", "truncate"]
 Mask = npt.NDArray[np.bool_]
 
-OVER_LENGTH_DEFAULT: dict[Objective, OverLength] = {"sft": "drop", "pretrain": "split"}
+OVER_LENGTH_DEFAULT: dict[Objective, OverLength | None] = {"sft": "drop", "pretrain": "split", "mixed": None}
+"""None: conversations are dropped, and texts split."""
+
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -384,7 +388,8 @@ class Renderer:
             return BackendChoice("huggingface")
         if not self.tokenizer.is_fast:
             return BackendChoice("huggingface", ("tokenizer_backend huggingface: the tokenizer has no tokenizer.json",))
-        if not texts and self.objective == "sft" and self.byte_lengths is None:
+        needs_places = self.objective == "mixed" or (self.objective == "sft" and not texts)
+        if needs_places and self.byte_lengths is None:
             reason = "loss masks need the places of tokens, which fast readers tell for byte-level tokenizers only"
             return BackendChoice("huggingface", (f"tokenizer_backend huggingface: {reason}",))
         for messages in conversations:
@@ -432,7 +437,7 @@ class Renderer:
         if self.objective == "sft":
             raise ValueError(
                 f"sample {samples[0].id} is plain text, but the objective sft learns from assistant turns: set "
-                "finetuning.objective: pretrain, or return messages from the dataset module"
+                "finetuning.objective: pretrain (or mixed, beside conversations), or return messages from the module"
             )
         end = self.tokenizer.eos_token_id
         if end is None:
@@ -609,10 +614,11 @@ class Renderer:
                 (f"{sample.id}#{piece}", ids[start : start + self.max_length], mask[start : start + self.max_length])
                 for piece, start in enumerate(starts)
             ]
-            if self.over_length == "drop":
+            over_length = self.over_length or ("split" if "text" in sample.content else "drop")
+            if over_length == "drop":
                 self.dropped["longer than max_length"] += 1
                 return
-            if self.over_length == "truncate":
+            if over_length == "truncate":
                 pieces = [(sample.id, *pieces[0][1:])]
         for sample_id, piece_ids, piece_mask in pieces:
             if not piece_mask[1:].any():  # the first token of a row is never predicted

@@ -212,6 +212,7 @@ def token_sample(length, loss_from=0):
         ("sft", "split", [("long#0", 8), ("long#1", 8), ("long#2", 3)]),
         ("pretrain", "drop", []),
         ("sft", "truncate", [("long", 8)]),
+        ("mixed", None, []),
     ],
 )
 def test_over_long_rows_follow_the_policy_and_are_counted(objective, over_length, expected):
@@ -220,6 +221,17 @@ def test_over_long_rows_follow_the_policy_and_are_counted(objective, over_length
     assert [(row.sample_id, len(row.input_ids)) for row in rows] == [*expected, ("long", 8)]
     assert rendering.longer_than_max_length == 1
     assert rendering.dropped == ({"longer than max_length": 1} if not expected else {})
+
+
+def test_the_mixed_objective_learns_answers_of_conversations_and_all_of_texts():
+    text = Sample(id="text", source="t", content={"text": "one two three four five six seven eight nine ten"})
+    rendering = renderer(objective="mixed", max_length=64)
+    chat_row, text_row = rendering.token_rows([sample(PLAIN), text])
+    (alone,) = renderer(objective="sft", max_length=64).token_rows([sample(PLAIN)])
+    assert (chat_row.input_ids == alone.input_ids).all() and (chat_row.loss_mask == alone.loss_mask).all()
+    assert not chat_row.loss_mask.all() and text_row.loss_mask.all()
+    pieces = renderer(objective="mixed", max_length=8).token_rows([text])
+    assert [row.sample_id for row in pieces][:2] == ["text#0", "text#1"]
 
 
 def test_pieces_of_a_split_row_without_loss_are_dropped_and_counted():

@@ -21,6 +21,7 @@ from training.stopping import StopPoll
 # torch and transformers take seconds to import, and a block with nothing left to do should not wait for them.
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from training.batches import Collate, ComputeLoss, PackedDataset
     from training.trainer import BlockTrainer, ExtraMetrics
@@ -189,18 +190,60 @@ def export_folder(run: TrainerRun) -> Path:
     return Path(run.model.checkpoint_dir).expanduser() if run.model.checkpoint_dir else run.folder.export
 
 
-def export_trained(run: TrainerRun, model: Any, end: Checkpoint) -> None:
-    """Write the trained model where `from_pretrained` can read it."""
-    from training.models import export_model, load_tokenizer, precision
+def export_trained(run: TrainerRun, model: Any, tokenizer: PreTrainedTokenizerBase, end: Checkpoint) -> None:
+    """Write the trained model, and the tokenizer that it was trained with, where `from_pretrained` can read it."""
+    from training.models import export_model, precision
 
     export_model(
         model,
-        load_tokenizer(run.model),
+        tokenizer,
         export_folder(run),
         step=end.step,
         dtype=precision(run.model),
         merge_adapter=run.model.merge_adapter,
     )
+
+
+def scores_on_test_split(
+    run: TrainerRun,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    compute_loss: ComputeLoss,
+    checkpoint: Checkpoint,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """What evaluation.json holds of any model: test loss, and answers where the dataset module scores them."""
+    from mixture.dataset_modules import score_function
+    from training.evaluation import as_json, generation_score, held_out_loss
+    from training.models import precision
+
+    prepared = open_prepared(run)
+    batch_size = run.evaluation.batch_size or run.training.batch_size
+    loss = None
+    if prepared.splits.get("test"):
+        loss = held_out_loss(
+            model,
+            build_data(run, "test"),
+            compute_loss,
+            batch_size=batch_size,
+            precision=precision(run.model),
+            ranks=ranks,
+        )
+    generated = None
+    # Preparation keeps the questions of the test split where the module scores answers and its rows hold questions.
+    questions_file = prepared.folder / "test_rows.jsonl"
+    score = score_function(run.module) if run.module and run.evaluation.limit and questions_file.exists() else None
+    if score:
+        generated = generation_score(
+            model.to(precision(run.model)),
+            tokenizer,
+            questions_file,
+            score,
+            config=run.evaluation,
+            batch_size=batch_size,
+            ranks=ranks,
+        )
+    return as_json(loss, generated, step=checkpoint.step, epoch=checkpoint.epoch)
 
 
 def checkpoint_to_evaluate(run: TrainerRun, ranks: Ranks) -> Checkpoint:

@@ -221,8 +221,9 @@ class SaveInterval:
 class FinetuningConfig:
     """The finetuning trainer."""
 
-    objective: Literal["sft", "pretrain"] = "sft"
-    """`sft`: loss on assistant turns. `pretrain`: loss on every token."""
+    objective: Literal["sft", "pretrain", "mixed"] = "sft"
+    """`sft`: loss on assistant turns. `pretrain`: loss on every token. `mixed`: on assistant turns of conversations
+    and on every token of plain texts."""
 
 
 @dataclass(kw_only=True, frozen=True)
