@@ -72,7 +72,9 @@ def build_trainer(run: DistillationRun, start: BlockStart) -> BlockTrainer:
 
 def objective(run: DistillationRun) -> str:
     """All that shapes the loss, in words: a checkpoint is resumed under these settings only."""
-    settings = {key: value for key, value in asdict(run.distillation).items() if key not in ("cache", "control")}
+    settings = {
+        key: value for key, value in asdict(run.distillation).items() if key not in ("cache", "answers", "control")
+    }
     return json.dumps({**settings, "cache": run.cache.name if run.cache else None}, sort_keys=True)
 
 

@@ -54,7 +54,7 @@ class PreparationRequest:
     dataset: DatasetConfig
     module: ModuleFile | None = None
     mixture: Path | None = None
-    """Folder of a finished mixture, read instead of a module."""
+    """Folder of a finished mixture, read instead of a module; beside a module, instead of its training rows alone."""
     tokenizer: str
     revision: str | None = None
     trust_remote_code: bool = False
@@ -62,7 +62,7 @@ class PreparationRequest:
     seed: int
 
     def __post_init__(self) -> None:
-        if (self.module is None) == (self.mixture is None):
+        if self.module is None and self.mixture is None:
             raise ValueError("data is prepared from a dataset module or from a mixture: name one of them")
 
 
@@ -133,7 +133,7 @@ def data_key(request: PreparationRequest) -> str:
     parts = {
         "format": FORMAT_VERSION,
         "dataset": dataset,
-        "rows": module_identity(request.module) if request.module else mixture_identity(request.mixture),
+        "rows": rows_identity(request),
         "tokenizer": tokenizer_identity(request),
         "objective": request.objective,
         "seed": request.seed,
@@ -155,14 +155,20 @@ def named_digests(data_files: Any) -> Any:
     return [path.suffix, file_digest(path)]
 
 
+def rows_identity(request: PreparationRequest) -> Any:
+    """What the rows of a request are: those of its module, of its mixture, or of both."""
+    identities = [module_identity(request.module)] if request.module else []
+    identities += [mixture_identity(request.mixture)] if request.mixture else []
+    return identities[0] if len(identities) == 1 else identities
+
+
 def module_identity(module: ModuleFile) -> Any:
     """A module's name and the text of all that it is made of."""
     return [module.path.stem, module.function, module_digests(module.path)]
 
 
-def mixture_identity(mixture: Path | None) -> Any:
+def mixture_identity(mixture: Path) -> Any:
     """A mixture's key: its folder's name, or what its marker says where the folder has another name."""
-    assert mixture is not None
     if MIXTURE_KEY.fullmatch(mixture.name):
         return ["mixture", mixture.name]
     return ["mixture", orjson.loads(mixture_marker(mixture).read_bytes())["key"]]
@@ -279,7 +285,7 @@ def write_prepared(request: PreparationRequest, folder: Path, report: Report, wo
     dataset = request.dataset
     has_score = request.module is not None and score_function(request.module) is not None
     # All splits before any is written: a missing test split should not cost the time of writing the train split.
-    inputs = module_splits(request, folder, tokenizer, report) if request.module else mixture_splits(request)
+    inputs = input_splits(request, folder, tokenizer, report)
     renderer = Renderer(
         tokenizer,
         objective=request.objective,
@@ -418,6 +424,14 @@ class SplitWriter:
             stages=packs.stages.tolist(),
             sources=sources,
         )
+
+
+def input_splits(request: PreparationRequest, folder: Path, tokenizer: Any, report: Report) -> dict[str, SplitInput]:
+    """The splits of a request; a module writes its rows to `folder` while they are read."""
+    if request.module is None:
+        return mixture_splits(request)
+    splits = module_splits(request, folder, tokenizer, report)
+    return splits if request.mixture is None else {**splits, "train": mixture_splits(request)["train"]}
 
 
 # --- rows of a dataset module

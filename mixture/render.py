@@ -545,6 +545,16 @@ class Renderer:
         ids, mask = self.control_tokens.encoded(chat.text, chat.spans)
         return ids, np.ones(len(ids), np.bool_) if self.objective == "pretrain" else mask
 
+    def prompt_ids(self, messages: Sequence[Message]) -> Ids:
+        """Ids of a conversation up to where the assistant's next turn begins.
+
+        ValueError: there is no chat template, or, as RefusedByTemplateError, it refuses the conversation.
+        """
+        if not self.control_tokens.occur(messages):
+            return self.encoded([self.template.render(messages, add_generation_prompt=True)])[0]
+        broken = self.control_tokens.broken(messages)
+        return self.control_tokens.encoded(self.template.render(broken, add_generation_prompt=True), [])[0]
+
     def clear_rationales(self, samples: Sequence[Sample], tokens: list[tuple[Ids, Mask] | None]) -> None:
         """Take the loss off the tokens that lie inside a rationale; ValueError names the sample that has none there."""
         for index, sample in enumerate(samples):
