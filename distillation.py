@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from distilling.cache import TeacherCache
     from distilling.live import LiveTeacher
     from training.batches import PackedDataset
     from training.trainer import BlockTrainer
@@ -188,7 +189,22 @@ def build_data_with_targets(run: DistillationRun) -> PackedDataset:
     from distilling.data import TaughtPacks
 
     assert run.cache is not None
-    return TaughtPacks(packs, TeacherCache.open(run.cache), run.distillation)
+    cache = TeacherCache.open(run.cache)
+    if run.distillation.cache.folder is not None:
+        require_own_cache(run, cache, packs)
+    return TaughtPacks(packs, cache, run.distillation)
+
+
+def require_own_cache(run: DistillationRun, cache: TeacherCache, packs: PackedDataset) -> None:
+    """Raise ValueError where a cache that the user names is another teacher's, or lacks rows of this data."""
+    from distilling.identity import CacheIdentity
+    from training.models import load_tokenizer
+
+    teacher, fingerprint = run.distillation.teacher_model, open_prepared(run).fingerprint
+    tokenizer = load_tokenizer(replace(run.model, name=teacher.name, revision=teacher.revision, tokenizer=None))
+    cache.require(CacheIdentity.of(teacher, tokenizer, data_fingerprint=fingerprint))
+    if cache.manifest.identity.data_fingerprint != fingerprint:
+        cache.require_rows(packs.rows.sample_ids())
 
 
 # --- the loss

@@ -5,7 +5,9 @@
 
 `loss`: forward KL from the whole of a live teacher's distribution, and from a cache of its 64 most probable tokens,
 mixed with cross entropy, at a vocabulary of 128,256: seconds of a forward and backward pass (on a CPU those that one
-core works, whatever else the machine does), and peak memory over the inputs. Every engine is a process of its own;
+core works, whatever else the machine does), and peak memory over the inputs. `cache`: see teacher_cache.py.
+
+Every engine is a process of its own;
 repetitions are interleaved and the cheapest counts, so read the ratios. A peer that is not installed is skipped:
 pip install liger-kernel.
 """
@@ -23,6 +25,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from teacher_cache import cache_section
 
 if TYPE_CHECKING:
     import torch
@@ -336,7 +340,7 @@ LOSSES: dict[str, dict[str, Callable[[Inputs], torch.Tensor]]] = {
     "liger": {"teacher": liger_teacher},
 }
 
-SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"loss": loss_section}
+SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"loss": loss_section, "cache": cache_section}
 
 
 if __name__ == "__main__":

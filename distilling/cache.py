@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -415,14 +415,35 @@ class TeacherCache:
         return TeacherCache, (self.folder, self.manifest)
 
     def require(self, identity: CacheIdentity) -> None:
-        """Raise ValueError where the cache was made of another teacher, tokenizer, chat template or data."""
-        differences = self.manifest.identity.differences(identity)
+        """Raise ValueError where the cache was made of another teacher, tokenizer or chat template.
+
+        Of other data it may be, as far as it holds the rows that are asked for: see `require_rows`.
+        """
+        own = self.manifest.identity
+        differences = own.differences(replace(identity, data_fingerprint=own.data_fingerprint))
         if differences:
             raise ValueError(
                 f"the teacher's cache in {self.folder} does not belong to this run. Of the cache, and of the run:\n  "
                 + "\n  ".join(differences)
                 + "\nLeave distillation.cache.folder unset, and `./train.sh capture` makes one for it"
             )
+
+    def require_rows(self, sample_ids: Iterable[str]) -> None:
+        """Raise ValueError where the cache lacks one of these rows, before the first of them is trained on."""
+        lacking = [sample_id for sample_id in sample_ids if not self.holds(sample_id)]
+        if lacking:
+            raise ValueError(
+                f"the teacher's cache in {self.folder} was made of other data: it lacks {len(lacking)} of the rows to "
+                f"train on, {lacking[0]!r} among them. Leave distillation.cache.folder unset, and `./train.sh capture` "
+                "makes one for them"
+            )
+
+    def holds(self, sample_id: str) -> bool:
+        """Whether there is a row of this sample."""
+        hashed = sample_hash(sample_id)
+        shard = hashed % self.manifest.shards
+        self.file(shard)
+        return self.places[shard].find(hashed) is not None
 
     def targets(
         self, row: TokenRow, *, temperature: float, tail: Literal["bucket", "renormalised"] = "bucket"
