@@ -11,7 +11,7 @@ import yaml
 
 from jobs.capture_plan import gigabytes
 from jobs.capturing import is_captured, key_of_cache
-from jobs.chain import JobKind, Journal, jobs_needed
+from jobs.chain import ONE_JOB, ArrayShape, JobKind, Journal, jobs_needed
 from jobs.config import PROJECT, RunConfig, resolved_values
 from jobs.local import run_chain_here, sole_owner
 from jobs.plan import Plan
@@ -31,6 +31,7 @@ CHANGEABLE = (
     "cluster",
     "training.save_every",
     "distillation.cache.tasks",
+    "distillation.cache.gpus_per_task",
     *(f"slurm.{key}" for key in ("partition", "time", "warning_s", "cpus_per_task", "mem", "account", "qos")),
     *(f"slurm.{key}" for key in ("constraint", "gpu_id", "setup", "extra")),
 )
@@ -140,6 +141,14 @@ def compare_with_stored(run: RunFolder, checked: CheckedRun, data_key: str) -> N
         store_config(run, checked.config)
 
 
+def array_shape(config: RunConfig) -> ArrayShape:
+    """The Slurm array that captures the run's teacher."""
+    if config.distillation is None:
+        return ONE_JOB
+    cache = config.distillation.cache
+    return ArrayShape(tasks=cache.tasks, gpus=cache.gpus_per_task)
+
+
 def remaining_jobs(run: RunFolder, config: RunConfig, data_key: str) -> list[JobKind]:
     """The jobs that finish what is wanted of the run from where it stands."""
     checkpoint, _ = newest_valid(run.checkpoints)
@@ -178,7 +187,7 @@ def submit_chain(
         by_user=by_user,
         report=report,
         journal=Journal.open(run),
-        capture_tasks=config.distillation.cache.tasks if config.distillation else 1,
+        capture=array_shape(config),
     )
     return submission.bring_about(lambda: remaining_jobs(run, config, data_key))
 
