@@ -30,7 +30,8 @@ from mixture.dedup import UniqueRows, save_array
 from mixture.formats import Content, canonical_row
 from mixture.mix import size
 from mixture.mixed_bits import mixed_bits
-from mixture.scan import Chunk, Index, flat, lines_of, turns_text
+from mixture.plain_text import flat, turns_text
+from mixture.scan import Chunk, Index, lines_of
 from mixture.whole_files import remove_leftovers, whole_file, write_whole
 from mixture.workers import Report, run_tasks
 
