@@ -53,7 +53,7 @@ FORMAT_VERSION = 1
 """Raised whenever the same rows give another index."""
 
 CHUNK_BYTES = 16 << 20
-BLOCK_BYTES = 128 << 10
+BLOCK_BYTES = 96 << 10
 """Rows that are fingerprinted together: few enough for a core's own cache, and for memory that is used again rather
 than taken from the system and given back for every block."""
 MAX_LINE_BYTES = 32 << 20

@@ -419,8 +419,12 @@ def scatter_chunk(order: Order, chunk: Chunk) -> None:
     sorting = np.lexsort((keys, groups))
     which, groups, keys = which[sorting], groups[sorting], keys[sorting]
     used, positions = np.unique(which, return_inverse=True)
-    lines = list(output_lines(order, chunk, rows[used]))
-    sizes = np.array([len(line) for line in lines], np.uint64)[positions]
+    data, ends = bytearray(), [0]
+    for line in output_lines(order, chunk, rows[used]):
+        data += line
+        ends.append(len(data))
+    lines = [memoryview(data)[start:end] for start, end in pairwise(ends)]
+    sizes = np.diff(np.array(ends, np.uint64))[positions]
     table = np.zeros((2, len(which) + 1), np.uint64)
     table[0, :-1] = keys
     np.cumsum(sizes, out=table[1, 1:])
