@@ -435,7 +435,7 @@ class ChunkReader:
             return index
         found = fingerprints(texts, prompts)
         index["high"], index["low"] = found.content[:, 0], found.content[:, 1]
-        index["group"] = np.where(np.array(prompts) > 0, found.prompt, found.content[:, 1])
+        index["group"] = np.where(found.prompt_bytes > 0, found.prompt, found.content[:, 1])
         for row, parent in parents:
             index["group"][row] = parent
         index["characters"] = np.fromiter(map(len, texts), np.uint32, len(texts))
