@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ import distillation
 import finetuning
 from distilling.config import (
     CacheConfig,
-    DistillationConfig,
     HiddenStatesConfig,
     OnPolicyConfig,
     StudentConfig,
@@ -29,54 +27,6 @@ from training.run import FinetuningRun
 
 MakeRun = Callable[..., FinetuningRun]
 MakeDistillation = Callable[..., DistillationRun]
-
-
-@pytest.fixture(scope="module")
-def cut_config() -> dict[str, int]:
-    return {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
-
-
-@pytest.fixture
-def teacher(make_run: MakeRun) -> Path:
-    """The tiny model, after it has learned something."""
-    run = make_run("teacher", training={"lr": 1e-2, "epochs_per_job": 4})
-    finetuning.train(run)
-    return run.folder.export
-
-
-@pytest.fixture
-def student(tmp_path: Path, tiny_model: Path, cut_config: dict[str, int]) -> Path:
-    """A config of half the teacher's width, without weights."""
-    folder = tmp_path / "student"
-    shutil.copytree(tiny_model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | cut_config))
-    return folder
-
-
-@pytest.fixture
-def make_distillation(make_run: MakeRun, teacher: Path, student: Path, tmp_path: Path) -> MakeDistillation:
-    """make_distillation("name", teacher="live", training={...}): a run that learns the sums from the tiny teacher."""
-
-    def make(
-        name: str, *, model: dict[str, Any] | None = None, training: dict[str, Any] | None = None, **settings: Any
-    ) -> DistillationRun:
-        keys = {"name": str(student), "from_scratch": "from_teacher" not in settings, **(model or {})}
-        plain = make_run(name, model=keys, training=training)
-        values = {name: getattr(plain, name) for name in plain.__dataclass_fields__ if name != "finetuning"}
-        model_config = TeacherModelConfig(name=str(teacher))
-        config = DistillationConfig(**{"teacher": "live", "teacher_model": model_config, **settings})
-        cache = tmp_path / f"cache-{config.cache.kind}-{config.cache.k}" if config.teacher == "cache" else None
-        if cache is not None:
-            from distilling.capture import CaptureRequest, capture
-
-            request = CaptureRequest(
-                prepared=plain.prepared, teacher=model_config, cache=config.cache, folder=cache, seed=plain.seed
-            )
-            assert capture(request, lambda line: None, stop_requested=lambda: False)
-        return DistillationRun(**values, distillation=config, cache=cache)
-
-    return make
 
 
 def train_to_the_end(run: DistillationRun) -> int:
