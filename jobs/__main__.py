@@ -20,6 +20,7 @@ from rich.table import Table
 from distilling.identity import is_complete
 from jobs import launch
 from jobs.capture_plan import capture_lines
+from jobs.capturing import writes_answers
 from jobs.config import PROJECT, resolved_values
 from jobs.doctor import run_doctor
 from jobs.drill import drill, show_drill
@@ -363,7 +364,8 @@ def prepare_data(checked: CheckedRun) -> None:
         from mixture.mixer import run_mixture
 
         run_mixture(checked.mixture, checked.config.data_folder, tell)
-    prepare(checked.preparation, checked.config.data_folder, tell)
+    if not writes_answers(checked.config):  # else it is prepared once the teacher has answered
+        prepare(checked.preparation, checked.config.data_folder, tell)
 
 
 def tell(line: str) -> None:

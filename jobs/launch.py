@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from jobs.capture_plan import gigabytes
-from jobs.capturing import is_captured, key_of_cache
+from jobs.capturing import is_captured, key_of_answers, key_of_cache, num_tasks, writes_answers
 from jobs.chain import JobKind, Journal, jobs_needed
 from jobs.config import PROJECT, RunConfig, resolved_values
 from jobs.local import run_chain_here, sole_owner
@@ -19,7 +19,7 @@ from jobs.preflight import CheckedRun
 from jobs.queue import QueuedJob, live_jobs, patiently
 from jobs.snapshot import describe_environment, in_snapshot, read_manifest, snapshot_code, write_manifest
 from jobs.submission import ChainSubmission, Outcome
-from mixture.prepare import PreparedData, prepared_folder
+from mixture.prepare import MIXTURE_MARKER, PreparedData, prepared_folder
 from mixture.whole_files import write_whole
 from settings.typed import changed_keys
 from settings.yaml_tree import ConfigError, Problem, read_config_file
@@ -31,6 +31,7 @@ CHANGEABLE = (
     "cluster",
     "training.save_every",
     "distillation.cache.tasks",
+    *(f"distillation.answers.{key}" for key in ("tasks", "batch_size", "shard_rows")),
     *(f"slurm.{key}" for key in ("partition", "time", "warning_s", "cpus_per_task", "mem", "account", "qos")),
     *(f"slurm.{key}" for key in ("constraint", "gpu_id", "setup", "extra")),
 )
@@ -85,6 +86,7 @@ def create_run_folder(run: RunFolder, checked: CheckedRun, data_key: str, report
         **describe_environment(),
         "data_key": data_key,
         "cache_key": key_of_cache(checked.config, data_key),
+        "answers_key": key_of_answers(checked.config, checked.rows),
         "module": module_facts(checked, run),
         "mixture": mixture_facts(checked, run),
         "world_size": checked.world_size,
@@ -146,7 +148,11 @@ def remaining_jobs(run: RunFolder, config: RunConfig, data_key: str) -> list[Job
     blocks_left = config.training.num_jobs
     if checkpoint is not None:
         blocks_left -= checkpoint.step // Horizon.of_chain(config.training, checkpoint).block_steps
-    prepared = PreparedData.open(prepared_folder(config.data_folder, data_key)) is not None
+    if writes_answers(config):  # what they are answers to is mixed first, if it is a mixture, and prepared last
+        mixture = read_manifest(run.manifest)["mixture"]
+        prepared = mixture is None or (Path(mixture["folder"]) / MIXTURE_MARKER).is_file()
+    else:
+        prepared = PreparedData.open(prepared_folder(config.data_folder, data_key)) is not None
     jobs = jobs_needed(
         prepared=prepared,
         captured=is_captured(run, config),
@@ -178,7 +184,7 @@ def submit_chain(
         by_user=by_user,
         report=report,
         journal=Journal.open(run),
-        capture_tasks=config.distillation.cache.tasks if config.distillation else 1,
+        capture_tasks=num_tasks(config),
     )
     return submission.bring_about(lambda: remaining_jobs(run, config, data_key))
 
