@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from distilling.cache import TeacherCache
     from distilling.live import LiveTeacher
     from training.batches import PackedDataset
     from training.trainer import BlockTrainer
@@ -188,7 +189,22 @@ def build_data_with_targets(run: DistillationRun) -> PackedDataset:
     from distilling.data import TaughtPacks
 
     assert run.cache is not None
-    return TaughtPacks(packs, TeacherCache.open(run.cache), run.distillation)
+    cache = TeacherCache.open(run.cache)
+    if run.distillation.cache.folder is not None:
+        require_own_cache(run, cache, packs)
+    return TaughtPacks(packs, cache, run.distillation)
+
+
+def require_own_cache(run: DistillationRun, cache: TeacherCache, packs: PackedDataset) -> None:
+    """Raise ValueError where a cache that the user names is another teacher's, or lacks rows of this data."""
+    from distilling.identity import CacheIdentity
+    from training.models import load_tokenizer
+
+    teacher, fingerprint = run.distillation.teacher_model, open_prepared(run).fingerprint
+    tokenizer = load_tokenizer(replace(run.model, name=teacher.name, revision=teacher.revision, tokenizer=None))
+    cache.require(CacheIdentity.of(teacher, tokenizer, data_fingerprint=fingerprint))
+    if cache.manifest.identity.data_fingerprint != fingerprint:
+        cache.require_rows(packs.rows.sample_ids())
 
 
 # --- the loss
@@ -223,9 +239,54 @@ def loss_function(
     from distilling.student import loss_settings
 
     settings = loss_settings(run.distillation)
-    return lambda model, batch, num_items: compute_loss(
-        model, batch, num_items, settings=settings, teacher=teacher, parts=parts
-    )
+    students_turn = students_turns(run)
+
+    def loss(model: torch.nn.Module, batch: dict[str, Any], num_items: torch.Tensor) -> torch.Tensor:
+        written = students_turn(model, batch) if students_turn else None
+        if written is None:
+            return compute_loss(model, batch, num_items, settings=settings, teacher=teacher, parts=parts)
+        # The teacher alone says what is right; the micro-batch weighs as much as with its own answers.
+        items = num_items * num_labels(written) / num_labels(batch).clamp(min=1)
+        alone = replace(settings, weight=1.0)
+        return compute_loss(model, written, items, settings=alone, teacher=teacher, parts=parts)
+
+    return loss
+
+
+def students_turns(run: DistillationRun) -> Callable[[Any, dict[str, Any]], dict[str, Any] | None] | None:
+    """What writes a micro-batch's answers anew where it is the student's turn, and gives None where it is not.
+
+    Turns and answers are drawn from torch's random state, which checkpoints keep.
+    """
+    config = run.distillation.on_policy
+    if not config.share:
+        return None
+    import torch
+
+    from distilling.on_policy import students_answers
+    from training.models import stop_token_ids
+
+    if run.training.arguments.get("fsdp") or run.training.arguments.get("deepspeed"):
+        raise ValueError(
+            "distillation.on_policy: a student whose weights are spread over processes cannot write answers here; "
+            "leave out training.arguments.fsdp and deepspeed, or set distillation.on_policy.share: 0"
+        )
+    tokenizer = build_tokenizer(run)
+
+    def written(model: Any, batch: dict[str, Any]) -> dict[str, Any] | None:
+        if torch.rand(()) >= config.share:
+            return None
+        network = getattr(model, "module", model)
+        return students_answers(
+            network, stop_token_ids(network, tokenizer), batch, config, max_length=run.dataset.max_length
+        )
+
+    return written
+
+
+def num_labels(batch: dict[str, Any]) -> torch.Tensor:
+    """Supervised tokens of a batch."""
+    return (batch["labels"] != -100).sum()
 
 
 def compute_loss(
@@ -251,8 +312,7 @@ def compute_loss(
     output = model(
         **batch, settings=settings, teacher=targets, hidden_states=hidden_states, num_items_in_batch=num_items
     )
-    tokens = (batch["labels"] != -100).sum()
-    parts.add(tokens=tokens, cross_entropy=output.cross_entropy, divergence=output.divergence,
+    parts.add(tokens=num_labels(batch), cross_entropy=output.cross_entropy, divergence=output.divergence,
               hidden_states_distance=output.hidden_states_distance)  # fmt: skip
     return output.loss
 

@@ -84,9 +84,12 @@ class Claim:
 
     def beat(self) -> None:
         while not self.ended.wait(HEARTBEAT_EVERY_S):
-            if not self.is_held():
+            try:
+                if not self.is_held():
+                    return
+                os.utime(self.path)
+            except FileNotFoundError:  # released in between
                 return
-            os.utime(self.path)
 
     def is_held(self) -> bool:
         """Whether no other worker has taken the shard meanwhile."""

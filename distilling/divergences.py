@@ -284,7 +284,11 @@ def _find(logits_NV: torch.Tensor, wanted: _Wanted, wants_gradient: bool) -> _Fo
         mass_N1 = mass_N1 + rest_pull_N1
         pulls_NS = pulls_NS + (mass_N1 * log_q_NS.exp()).masked_fill(~first_NS, 0)
     gradient_NV = exponentials_NV.mul_((mass_N1 * log_rest_N1.exp() - rest_pull_N1) / total_N1)
-    return _Found(log_q_NS, log_rest_N1, gradient_NV.scatter_add_(1, wanted.ids_NS, pulls_NS))
+    # A GPU adds in any order what one call adds to one token, and rounds accordingly. The token of the data, the last,
+    # may be a kept one too: a call of its own lets a run be repeated bit for bit.
+    for columns in (slice(None, -1), slice(-1, None)):
+        gradient_NV.scatter_add_(1, wanted.ids_NS[:, columns], pulls_NS[:, columns])
+    return _Found(log_q_NS, log_rest_N1, gradient_NV)
 
 
 def _first_of_each(ids_NS: torch.Tensor, kept_NS: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 
 from distilling.config import OnPolicyConfig
 from distilling.generation import Draws, Ids, continuations
@@ -24,11 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Mask = npt.NDArray[np.bool_]
-
-
-def is_on_policy(share: float, *, seed: int, step: int, micro_batch: int) -> bool:
-    """Whether the student writes the answers of a micro-batch: of all of them about `share`, the same on every rank."""
-    return xxhash.xxh3_64_intdigest(f"on policy {seed} {step} {micro_batch}".encode()) < share * 2**64
 
 
 def students_answers(

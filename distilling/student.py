@@ -91,7 +91,7 @@ def _forward_with_loss(
         token_weights_N=token_weights,
         shape=logit_shape(student),
     )
-    num_items = num_items_in_batch.to(hidden_NH.device)
+    num_items = num_items_in_batch.to(hidden_NH.device).clamp(min=1)
     loss = parts.loss / num_items
     distance = None
     if hidden_states is not None:

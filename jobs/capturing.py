@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from distilling.config import DistillationConfig
 from distilling.identity import answers_folder, answers_key, cache_folder, cache_key, capture_progress, is_complete
+from jobs.chain import ONE_JOB, ArrayShape
 from jobs.config import RunConfig
 from jobs.snapshot import read_manifest
 from mixture.prepare import PreparationRequest, PreparedData, data_key, prepared_folder
@@ -44,12 +45,13 @@ def key_of_answers(config: RunConfig, rows: PreparationRequest) -> str | None:
     return answers_key(distillation.teacher_model, distillation.answers, data_key=data_key(rows), seed=config.seed)
 
 
-def num_tasks(config: RunConfig) -> int:
-    """Tasks of the array in which the teacher works."""
+def array_shape(config: RunConfig) -> ArrayShape:
+    """The Slurm array in which the run's teacher works."""
     distillation = config.distillation
     if distillation is None:
-        return 1
-    return distillation.answers.tasks if writes_answers(config) else distillation.cache.tasks
+        return ONE_JOB
+    settings = distillation.answers if writes_answers(config) else distillation.cache
+    return ArrayShape(tasks=settings.tasks, gpus=settings.gpus_per_task)
 
 
 def key_of_cache(config: RunConfig, data_key: str) -> str | None:

@@ -17,6 +17,17 @@ JobKind = Literal["prepare", "capture", "block", "evaluate"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ArrayShape:
+    """How many tasks a job has, and how many GPUs each of them."""
+
+    tasks: int = 1
+    gpus: int = 1
+
+
+ONE_JOB = ArrayShape()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChainJob:
     """One job of the chain. Blocks carry no number: each one trains from the newest checkpoint to the next boundary."""
 
@@ -35,6 +46,9 @@ class ChainJob:
 
     tasks: int = 1
     """Tasks of the Slurm array that it is, which do the same work side by side; 1: no array."""
+
+    gpus: int = 1
+    """Of each task; a block has those that the settings give it."""
 
 
 @dataclass
@@ -75,7 +89,7 @@ class Journal:
             write_whole(self.path, json.dumps(content, indent=2).encode() + b"\n", synced=True)
             self.jobs = jobs
 
-    def plan_of(self, kinds: Sequence[JobKind], run_name: str, *, capture_tasks: int = 1) -> list[ChainJob]:
+    def plan_of(self, kinds: Sequence[JobKind], run_name: str, capture: ArrayShape = ONE_JOB) -> list[ChainJob]:
         """A job for each kind, in order: one that is not released yet where there is one, else a new one."""
         spare = [job for job in self.jobs if not job.released]
         plan: list[ChainJob] = []
@@ -83,7 +97,8 @@ class Journal:
             job = next((job for job in spare if job.kind == kind), None)
             if job is None:
                 name = next_name(self.run_id, run_name, kind, [*self.jobs, *plan])
-                job = ChainJob(kind=kind, name=name, tasks=capture_tasks if kind == "capture" else 1)
+                shape = capture if kind == "capture" else ONE_JOB
+                job = ChainJob(kind=kind, name=name, tasks=shape.tasks, gpus=shape.gpus)
             else:
                 spare.remove(job)
             plan.append(job)

@@ -320,7 +320,8 @@ def train_block(context: JobContext, signals: StopSignals) -> int:
     if not writes_answers(context.config):
         require_prepared(context)
     if not is_captured(context.run, context.config):
-        report("the teacher's work is not complete; doing what is missing before training")
+        what = "answering" if writes_answers(context.config) else "capturing"
+        report(f"the teacher's work is not complete; {what} what is missing before training")
         work, is_done = partial(work_of_teacher, context, signals), partial(is_captured, context.run, context.config)
         if not capture_before_training(work, is_done, context.run):
             return ExitCode.STOPPED_EARLY

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from jobs.capture_plan import gigabytes
-from jobs.capturing import is_captured, key_of_answers, key_of_cache, num_tasks, writes_answers
+from jobs.capturing import array_shape, is_captured, key_of_answers, key_of_cache, writes_answers
 from jobs.chain import JobKind, Journal, jobs_needed
 from jobs.config import PROJECT, RunConfig, resolved_values
 from jobs.local import run_chain_here, sole_owner
@@ -31,7 +31,8 @@ CHANGEABLE = (
     "cluster",
     "training.save_every",
     "distillation.cache.tasks",
-    *(f"distillation.answers.{key}" for key in ("tasks", "batch_size", "shard_rows")),
+    "distillation.cache.gpus_per_task",
+    *(f"distillation.answers.{key}" for key in ("tasks", "gpus_per_task", "batch_size", "shard_rows")),
     *(f"slurm.{key}" for key in ("partition", "time", "warning_s", "cpus_per_task", "mem", "account", "qos")),
     *(f"slurm.{key}" for key in ("constraint", "gpu_id", "setup", "extra")),
 )
@@ -184,7 +185,7 @@ def submit_chain(
         by_user=by_user,
         report=report,
         journal=Journal.open(run),
-        capture_tasks=num_tasks(config),
+        capture=array_shape(config),
     )
     return submission.bring_about(lambda: remaining_jobs(run, config, data_key))
 

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from jobs.capturing import array_shape
 from jobs.chain import JobKind
+from jobs.config import read_resolved_config
 from jobs.exit_code import ExitCode
 from jobs.failures import progress
 from training.run_folder import RunFolder
@@ -99,7 +101,7 @@ def run_job_here(
 ) -> int:
     """Run one job as one process per GPU, its output in logs/; returns its exit code."""
     run.logs.mkdir(parents=True, exist_ok=True)
-    world_size = num_processes if kind in ("capture", "block") else 1
+    world_size = {"capture": captures_here(run, num_processes), "block": num_processes}.get(kind, 1)
     log = run.logs / f"{kind}-{len(list(run.logs.glob(f'{kind}-*.log'))) + 1}.log"
     processes = [start_process(run, kind, rank, world_size, gpu_id, log) for rank in range(world_size)]
     try:
@@ -125,10 +127,15 @@ def start_process(
     if gpu_id is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu_id)
     if kind == "capture" and world_size > 1:  # a teacher is spread over all GPUs that its process sees
-        environment["CUDA_VISIBLE_DEVICES"] = visible_devices(environment)[rank]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_devices(environment)[rank::world_size])
     command = [sys.executable, "-u", "-m", "jobs.job", kind, str(run.path)]
     with log.open("ab") as output:
         return subprocess.Popen(command, cwd=run.code, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def captures_here(run: RunFolder, num_gpus: int) -> int:
+    """Processes that capture side by side, each with as many GPUs as the teacher needs."""
+    return max(1, num_gpus // array_shape(read_resolved_config(run.config)).gpus)
 
 
 def visible_devices(environment: Mapping[str, str]) -> list[str]:

@@ -62,7 +62,7 @@ def sbatch_parameters(job: ChainJob, run: RunFolder, slurm: SlurmConfig) -> dict
     nodes, tasks_per_node = (slurm.nodes, slurm.tasks_per_node) if job.kind == "block" else (1, 1)
     gpus_per_node = None if job.kind == "prepare" else slurm.gpus_per_node
     if job.kind in ("capture", "evaluate") and slurm.gpus_per_node:
-        gpus_per_node = 1
+        gpus_per_node = job.gpus
     options = {
         "partition": slurm.partition,
         "time": slurm.time_limit_minutes,

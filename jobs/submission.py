@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from jobs.chain import ChainJob, JobKind, Journal, ending_jobs, jobs_to_submit
+from jobs.chain import ONE_JOB, ArrayShape, ChainJob, JobKind, Journal, ending_jobs, jobs_to_submit
 from jobs.config import SlurmConfig
 from jobs.queue import NoAnswerError, QueuedJob, RefusedError, SlurmError, call, known_jobs, patiently
 from jobs.slurm import adopt, dependency_on, submit
@@ -56,8 +56,8 @@ class ChainSubmission:
 
     report: Callable[[str], None]
     journal: Journal
-    capture_tasks: int = 1
-    """Tasks of the array that captures the teacher."""
+    capture: ArrayShape = ONE_JOB
+    """The array that captures the teacher."""
 
     untouched: bool = True
     changed_at_s: float = field(default_factory=time.monotonic)
@@ -134,7 +134,7 @@ class ChainSubmission:
 
     def plan(self, kinds: list[JobKind], jobs: dict[str, QueuedJob]) -> list[ChainJob]:
         """The jobs to submit and release, journalled before anything is done; with ids where Slurm has them."""
-        plan = self.journal.plan_of(kinds, self.run_name, capture_tasks=self.capture_tasks)
+        plan = self.journal.plan_of(kinds, self.run_name, self.capture)
         lost = [job for job in plan if job.id is not None and not is_live(job, jobs)]
         if lost:
             self.report(f"Slurm has lost {len(lost)} of the jobs that it accepted; submitting them again")

@@ -12,7 +12,7 @@ from tiny_teachers import TEST_YAML, make_teacher, taught_by
 
 from distilling.config import AnswersConfig
 from jobs import launch
-from jobs.capturing import capture_before_training, is_captured, num_tasks, shards_done
+from jobs.capturing import array_shape, capture_before_training, is_captured, shards_done
 from jobs.exit_code import ExitCode
 from jobs.job import run_job
 from jobs.plan import plan_run
@@ -67,7 +67,7 @@ def test_other_answers_are_other_data_and_other_tasks_are_not(teacher: Path, tmp
     first = checked_run(
         tmp_path, teacher, "--distillation.answers.tasks", "3", "--distillation.answers.batch_size", "2"
     )
-    assert num_tasks(first.config) == 3
+    assert array_shape(first.config).tasks == 3
     assert first.config.distillation is not None and first.config.distillation.answers != AnswersConfig()
     keys = {
         plan_run(checked_run(tmp_path, teacher, *overrides)).data_key

@@ -94,8 +94,10 @@ def start_run(folder: Path, teacher: Path, **options: int) -> tuple[RunFolder, P
     return launch.open_capture_folder(checked, plan_run(checked).data_key, print), cache
 
 
-def start_capture(run: RunFolder) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PYTHONPATH": str(run.code)}
+def start_capture(run: RunFolder, *, rank: int = 0) -> subprocess.Popen[bytes]:
+    """One process of a capture job that runs here."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    environment = os.environ | {"PYTHONPATH": str(run.code)} | ranks
     return subprocess.Popen([sys.executable, "-m", "jobs.job", "capture", str(run.path)], cwd=run.code, env=environment)
 
 
@@ -107,7 +109,7 @@ def wait_for_shards(cache: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)])
-def test_a_capture_that_is_ended_half_way_goes_on_to_the_same_cache(
+def test_two_workers_finish_what_one_that_is_ended_half_way_began_and_it_is_the_same_cache(
     captured: Path, teacher: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     run, cache = start_run(tmp_path, teacher)
@@ -119,18 +121,13 @@ def test_a_capture_that_is_ended_half_way_goes_on_to_the_same_cache(
     assert done >= 2 and not is_complete(cache)
     kept = {file.name: file.stat().st_mtime_ns for file in cache.glob("*.done")}
 
-    assert start_capture(run).wait(timeout=120) == ExitCode.DONE
+    workers = [start_capture(run, rank=rank) for rank in range(2)]
+    assert [worker.wait(timeout=120) for worker in workers] == [ExitCode.DONE] * 2
+    assert is_complete(cache)
     assert {name: (cache / name).stat().st_mtime_ns for name in kept} == kept
     _, whole = planned(captured, teacher)
     shards = {name: content for name, content in content_of(cache).items() if name.startswith("shard-")}
     assert shards == {name: content for name, content in content_of(whole).items() if name.startswith("shard-")}
-
-
-def test_workers_side_by_side_share_the_shards(teacher: Path, tmp_path: Path) -> None:
-    run, cache = start_run(tmp_path, teacher)
-    workers = [start_capture(run) for _ in range(2)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    assert is_complete(cache)
 
 
 def test_a_block_captures_what_is_missing_before_it_trains(teacher: Path, tmp_path: Path) -> None:
@@ -155,6 +152,21 @@ def test_the_plan_tells_what_the_cache_costs_once_the_data_is_prepared(captured:
     assert answer.returncode == 0, answer.stderr
     assert "tokens with loss, about" in answer.stdout
     assert "H100" in answer.stdout and "live" in answer.stdout
+
+
+def test_the_doctor_compares_tokens_and_asks_the_teacher_again(captured: Path, teacher: Path) -> None:
+    answer = train_sh("doctor", TEST_YAML, *here(captured, teacher), "--json")
+    found = {finding["about"]: finding for finding in json.loads(answer.stdout)}
+    assert found["tokens"]["level"] == found["chat template"]["level"] == "fine"
+    # Random weights with tied embeddings repeat what they read.
+    assert "the token before a position is likelier there than its own" in found["cache offset and mass"]["found"]
+    assert found["teacher asked again"]["level"] == "fine"
+    assert "in float32 is" in found["teacher asked again"]["found"]
+
+
+def test_the_doctor_says_what_is_not_captured_yet(teacher: Path, tmp_path: Path) -> None:
+    answer = train_sh("doctor", TEST_YAML, *here(tmp_path, teacher), "--json")
+    assert "nothing captured yet" in [finding["found"] for finding in json.loads(answer.stdout)]
 
 
 # What is refused before anything starts

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.chain import Journal, ending_jobs, jobs_needed, jobs_to_submit
+from jobs.chain import ArrayShape, Journal, ending_jobs, jobs_needed, jobs_to_submit
 from training.run_folder import RunFolder
 
 
@@ -31,8 +31,8 @@ def test_a_teacher_is_captured_between_preparation_and_training() -> None:
 
 def test_only_the_capture_is_an_array(tmp_path: Path) -> None:
     journal = Journal.open(RunFolder(tmp_path))
-    journal.plan(journal.plan_of(["prepare", "capture", "block"], "x", capture_tasks=3))
-    assert [job.tasks for job in Journal.open(RunFolder(tmp_path)).jobs] == [1, 3, 1]
+    journal.plan(journal.plan_of(["prepare", "capture", "block"], "x", ArrayShape(tasks=3, gpus=2)))
+    assert [(job.tasks, job.gpus) for job in Journal.open(RunFolder(tmp_path)).jobs] == [(1, 1), (3, 2), (1, 1)]
     assert journal.owns(journal.jobs[1].name)
 
 

@@ -19,6 +19,7 @@ from distilling.config import (
     CacheConfig,
     DistillationConfig,
     HiddenStatesConfig,
+    OnPolicyConfig,
     StudentConfig,
     TeacherModelConfig,
 )
@@ -109,6 +110,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hybrid cache": {"teacher": "cache", "cache": CacheConfig(kind="hybrid", k=4, draws=4)},
     "live": {"teacher": "live", "divergence": "reverse_kl"},
     "hidden states": {"teacher": "live", "hidden_states": HiddenStatesConfig(weight=0.5)},
+    "on policy": {"teacher": "live", "on_policy": OnPolicyConfig(share=0.5, max_new_tokens=6)},
     "none": {"teacher": "none", "category_weights": {"sums": 0.5}},
 }
 
@@ -264,3 +266,20 @@ def test_the_evaluation_compares_teacher_student_before_and_control(make_distill
     assert student["loss"] == pytest.approx(result["loss"], rel=1e-4)
     assert all(0 <= found["all"]["calibration_error"] <= 1 for found in models.values())
     assert json.loads(run.folder.evaluation.read_text())["models"] == models
+
+
+def test_a_cache_of_another_teacher_or_other_rows_is_refused_before_training(
+    make_distillation: MakeDistillation, make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_distillation("run", teacher="cache", cache=CacheConfig(k=4))
+    assert run.cache is not None
+    mine = replace(run.distillation.cache, folder=str(run.cache))
+    named = replace(run, distillation=replace(run.distillation, cache=mine))
+    distillation.build_data_with_targets(named)
+    other = make_run("other-teacher", training={"lr": 1e-3})
+    finetuning.train(other)
+    teacher = TeacherModelConfig(name=str(other.folder.export))
+    with pytest.raises(ValueError, match=r"does not belong to this run(.|\n)*teacher: .*teacher.* and .*other-teacher"):
+        distillation.build_data_with_targets(
+            replace(named, distillation=replace(named.distillation, teacher_model=teacher))
+        )

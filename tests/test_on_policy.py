@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from distilling.config import OnPolicyConfig
 from distilling.generation import Draws, continuations
-from distilling.on_policy import is_on_policy, samples_of, students_answers
+from distilling.on_policy import samples_of, students_answers
 from training.batches import collate, flat_batch
 from training.config import ModelConfig
 from training.models import build_model, stop_token_ids
@@ -76,15 +76,6 @@ def test_the_student_trains_on_as_before(student, stops):
 def test_an_empty_batch_of_a_rank_stays_empty(student, stops):
     empty = collate([])
     assert students_answers(student, stops, empty, CONFIG, 20) is empty
-
-
-def test_batches_are_on_policy_by_share_and_for_ever_the_same():
-    def chosen(share, seed=1):
-        return [is_on_policy(share, seed=seed, step=step, micro_batch=m) for step in range(500) for m in range(4)]
-
-    assert not any(chosen(0.0)) and all(chosen(1.0))
-    assert sum(chosen(0.3)) / 2000 == pytest.approx(0.3, abs=0.03)
-    assert chosen(0.3) == chosen(0.3) != chosen(0.3, seed=2)
 
 
 def test_tokens_are_drawn_as_often_as_they_are_probable_at_the_temperature(student, stops):

@@ -206,7 +206,7 @@ def causal_loss(
         return total / max(len(supervised), 1)
     if isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+    return total / max(num_items_in_batch, 1)
 
 
 def use_chunked_loss(model: PreTrainedModel) -> None:
