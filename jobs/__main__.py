@@ -20,7 +20,7 @@ from rich.table import Table
 from distilling.identity import is_complete
 from jobs import launch
 from jobs.capture_plan import capture_lines
-from jobs.capturing import writes_answers
+from jobs.capturing import answers_line, writes_answers
 from jobs.config import PROJECT, resolved_values
 from jobs.doctor import run_doctor
 from jobs.drill import drill, show_drill
@@ -522,6 +522,9 @@ def show_plan(checked: CheckedRun, plan: Plan) -> None:
         costs.append(f"at most {plan.max_gpu_hours:,.1f} GPU-hours")
     console.print("; ".join(costs), highlight=False)
     show_capture(plan)
+    answers = checked.preparation.mixture
+    if writes_answers(checked.config) and answers is not None:
+        tell(answers_line(checked.config, answers))
 
 
 def print_json(value: Any) -> None:

@@ -13,7 +13,7 @@ from distilling.identity import answers_folder, answers_key, cache_folder, cache
 from jobs.chain import ONE_JOB, ArrayShape
 from jobs.config import RunConfig
 from jobs.snapshot import read_manifest
-from mixture.prepare import PreparationRequest, PreparedData, data_key, prepared_folder
+from mixture.prepare import MIXTURE_MARKER, PreparationRequest, PreparedData, data_key, prepared_folder
 from training.distributed import Ranks
 from training.run_folder import RunFolder
 from training.stopping import StopPoll, StopSignals
@@ -93,6 +93,19 @@ def shards_done(run: RunFolder, config: RunConfig) -> int:
         return capture_progress(answers_folder(config.data_folder, read_manifest(run.manifest)["answers_key"])).done
     folder = cache_of_run(run, config)
     return capture_progress(folder).done if folder else 0
+
+
+def answers_line(config: RunConfig, answers: Path) -> str:
+    """What a plan says of the answers in a folder."""
+    progress = capture_progress(answers)
+    if (answers / MIXTURE_MARKER).is_file():
+        state = "are written"
+    elif progress.total is None:
+        state = "are still to be written"
+    else:
+        state = f"are written for {progress.done} of {progress.total} shards"
+    tasks = array_shape(config).tasks
+    return f"teacher's answers {answers} {state}" + (f", by a Slurm array of {tasks} tasks" if tasks > 1 else "")
 
 
 def capture_request(config: RunConfig, prepared: Path, folder: Path) -> CaptureRequest:

@@ -12,13 +12,14 @@ from tiny_teachers import TEST_YAML, make_teacher, taught_by
 
 from distilling.config import AnswersConfig
 from jobs import launch
-from jobs.capturing import array_shape, capture_before_training, is_captured, shards_done
+from jobs.capturing import answers_line, array_shape, capture_before_training, is_captured, shards_done
 from jobs.exit_code import ExitCode
 from jobs.job import run_job
 from jobs.plan import plan_run
 from jobs.preflight import CheckedRun, check_run
 from mixture.mixture_folder import MARKER
 from mixture.prepare import PreparedData, prepared_folder
+from settings.yaml_tree import ConfigError
 from training.run_folder import RunFolder
 
 
@@ -45,6 +46,9 @@ def test_the_capture_job_has_the_teacher_answer_and_prepares_the_data_from_its_a
     monkeypatch.chdir(tmp_path)  # a job changes into the folder that its run was started from
     checked = checked_run(tmp_path, teacher)
     run, key = start(checked)
+    answers = checked.preparation.mixture
+    assert answers is not None
+    assert answers_line(checked.config, answers) == f"teacher's answers {answers} are still to be written"
     training = ["block", "block", "block", "evaluate"]
     assert launch.remaining_jobs(run, checked.config, key) == ["capture", *training]
     assert shards_done(run, checked.config) == 0
@@ -53,8 +57,8 @@ def test_the_capture_job_has_the_teacher_answer_and_prepares_the_data_from_its_a
     assert launch.remaining_jobs(run, checked.config, key) == training
     prepared = PreparedData.open(prepared_folder(checked.config.data_folder, key))
     assert prepared is not None
-    answers = checked.preparation.mixture
-    assert answers is not None and (answers / MARKER).is_file()
+    assert (answers / MARKER).is_file()
+    assert answers_line(checked.config, answers) == f"teacher's answers {answers} are written"
     lines = [json.loads(line) for file in sorted(answers.glob("train-*.jsonl")) for line in file.open()]
     assert prepared.splits["train"] is not None and prepared.splits["train"].samples == len(lines) > 40
     assert all(line["id"].startswith("synthetic_dataset-train-") for line in lines)
@@ -91,3 +95,8 @@ def test_rows_of_a_mixture_are_mixed_before_they_are_answered(teacher: Path, tmp
     checked.mixture.output_dir.mkdir(parents=True)
     (checked.mixture.output_dir / MARKER).touch()
     assert launch.remaining_jobs(run, checked.config, key)[:2] == ["capture", "block"]
+
+
+def test_rationales_cannot_be_masked_in_answers_that_mark_none(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dataset\.mask_rationale: nothing marks what is reasoning in the answers"):
+        checked_run(tmp_path, teacher, "--dataset.mask_rationale", "true")
