@@ -20,6 +20,7 @@ from rich.table import Table
 from distilling.identity import is_complete
 from jobs import launch
 from jobs.capture_plan import capture_lines
+from jobs.capturing import answers_line, writes_answers
 from jobs.config import PROJECT, resolved_values
 from jobs.doctor import run_doctor
 from jobs.drill import drill, show_drill
@@ -363,7 +364,8 @@ def prepare_data(checked: CheckedRun) -> None:
         from mixture.mixer import run_mixture
 
         run_mixture(checked.mixture, checked.config.data_folder, tell)
-    prepare(checked.preparation, checked.config.data_folder, tell)
+    if not writes_answers(checked.config):  # else it is prepared once the teacher has answered
+        prepare(checked.preparation, checked.config.data_folder, tell)
 
 
 def tell(line: str) -> None:
@@ -520,6 +522,9 @@ def show_plan(checked: CheckedRun, plan: Plan) -> None:
         costs.append(f"at most {plan.max_gpu_hours:,.1f} GPU-hours")
     console.print("; ".join(costs), highlight=False)
     show_capture(plan)
+    answers = checked.preparation.mixture
+    if writes_answers(checked.config) and answers is not None:
+        tell(answers_line(checked.config, answers))
 
 
 def print_json(value: Any) -> None:

@@ -357,6 +357,14 @@ def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
                 problems.append(
                     Problem(tree.place(("model", key)), f"model.{key} is read only where model.peft is true")
                 )
+    if config.dataset.mask_rationale and config.distillation is not None and config.distillation.teacher == "text":
+        problems.append(
+            Problem(
+                tree.place(("dataset", "mask_rationale")),
+                "dataset.mask_rationale: nothing marks what is reasoning in the answers that a teacher writes "
+                "(distillation.teacher: text); keep one of them",
+            )
+        )
     if config.distillation is not None and config.distillation.from_teacher is not None:
         problems += contradictions_of_student(config.model, config.distillation.teacher_model, tree)
     return problems
