@@ -192,7 +192,9 @@ def build_data_with_targets(run: DistillationRun) -> PackedDataset:
     cache = TeacherCache.open(run.cache)
     if run.distillation.cache.folder is not None:
         require_own_cache(run, cache, packs)
-    return TaughtPacks(packs, cache, run.distillation)
+    vocabulary = shared_vocabulary(run)
+    assert vocabulary is not None
+    return TaughtPacks(packs, cache, run.distillation, vocabulary)
 
 
 def require_own_cache(run: DistillationRun, cache: TeacherCache, packs: PackedDataset) -> None:
