@@ -228,6 +228,15 @@ def test_an_adapter_learns_from_a_teacher_too(make_distillation: MakeDistillatio
     assert_identical(final_weights(chain), final_weights(whole))
 
 
+def test_an_adapter_carries_no_map_between_widths(make_distillation: MakeDistillation, student: Path) -> None:
+    whole = make_distillation("whole", teacher="none")
+    train_to_the_end(whole)
+    model = {"name": str(whole.folder.export), "from_scratch": False, "peft": True}
+    run = make_distillation("run", **SETTINGS["hidden states"], model=model)
+    with pytest.raises(ValueError, match=r"the student is 8 wide and the teacher 16(.|\n)*an adapter cannot carry"):
+        distillation.build_model(run, None)
+
+
 def test_a_block_of_other_settings_is_refused(make_distillation: MakeDistillation) -> None:
     run = make_distillation("run", teacher="live", training={"total_jobs": 2})
     distillation.train(run)
