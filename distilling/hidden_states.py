@@ -72,7 +72,8 @@ def add_projections(student: PreTrainedModel, layers: dict[int, int], *, teacher
     if has_adapter:
         raise ValueError(
             f"distillation.hidden_states: the student is {width} wide and the teacher {teacher_width}, so a map "
-            "between them would be trained, which an adapter cannot carry; set model.peft: false or hidden_states.weight: 0"
+            "between them would be trained, which an adapter cannot carry; set model.peft: false, or "
+            "distillation.hidden_states.weight: 0"
         )
     projections = nn.ModuleDict({str(layer): nn.Linear(width, teacher_width, bias=False) for layer in layers})
     student.add_module(PROJECTIONS, projections)
