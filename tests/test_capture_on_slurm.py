@@ -143,7 +143,7 @@ def test_a_submission_cut_off_around_the_array_makes_no_second_one(
     again = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
     jobs = Journal.open(run).jobs
-    assert [job.kind for job in jobs] == ["prepare", "capture", "block", "block", "block", "evaluate"]
+    assert [job.kind for job in jobs] == ["prepare", "capture", "block", "block", "evaluate"]
     assert submitted_array(slurm, run) == [f"{jobs[1].id}_{task}" for task in range(3)]
     assert all((run.logs / f"{jobs[1].id}_{task}_submitted.pkl").exists() for task in range(3))
     waits_for = slurm.run("squeue", "--noheader", f"--jobs={jobs[2].id}", "--format=%E")

@@ -192,8 +192,9 @@ def test_two_first_uses_at_once_install_once(tmp_path: Path) -> None:
         for _ in range(2)
     ]
     printed = [process.communicate(timeout=120) for process in both]
-    assert [json.loads(out)["version"] for out, _ in printed] == ["1.0", "1.0"]
     errors = "".join(error for _, error in printed)
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert [json.loads(out)["version"] for out, _ in printed] == ["1.0", "1.0"]
     assert errors.count("baton: installing") == 1
     assert errors.count("waiting for it") == 1
 
