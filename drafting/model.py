@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig, set_seed
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from drafting.attention import attend_to_guesses
@@ -305,3 +307,25 @@ class DraftModel(nn.Module):
     def logits(self, hidden_1TH: torch.Tensor) -> torch.Tensor:
         """Logits over the draft vocabulary."""
         return self.lm_head(self.norm(hidden_1TH))
+
+
+def new_draft(target: PretrainedConfig, head_DH: torch.Tensor, *, seed: int) -> DraftModel:
+    """A draft to train, in float32: random, but for its head, which begins as the target's rows of its tokens."""
+    set_seed(seed)
+    draft = DraftModel(draft_config(target, draft_vocabulary=len(head_DH)))
+    with torch.no_grad():
+        draft.lm_head.weight.copy_(head_DH)
+    return draft
+
+
+def load_draft(target: PretrainedConfig, folder: Path, *, draft_vocabulary: int) -> DraftModel:
+    """The draft in a checkpoint; ValueError where it has another shape."""
+    draft = DraftModel(draft_config(target, draft_vocabulary=draft_vocabulary))
+    try:
+        draft.load_state_dict(load_file(folder / "model.safetensors"))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{folder} holds a draft of another target, draft vocabulary or shape; restore model.name and the eagle3 "
+            f"section\n{error}"
+        ) from error
+    return draft
