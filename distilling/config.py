@@ -65,6 +65,9 @@ class CacheConfig:
     tasks: int = 1
     """Jobs that capture side by side, one Slurm array; each takes the next shard that nobody has."""
 
+    gpus_per_task: int = 1
+    """GPUs of each of them, where `slurm.gpus_per_node` is set; a teacher too large for one is spread over them."""
+
     batch_tokens: int = 8192
     """Tokens of a forward pass of the teacher."""
 
@@ -73,7 +76,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        for key in ("shard_tokens", "tasks", "batch_tokens"):
+        for key in ("shard_tokens", "tasks", "gpus_per_task", "batch_tokens"):
             if getattr(self, key) < 1:
                 problems.append(f"distillation.cache.{key} must be at least 1, got {getattr(self, key)}")
         if self.kind == "sampled" and self.k:

@@ -14,6 +14,5 @@ class DistillationRun(TrainerRun):
     """Everything that the distillation trainer reads."""
 
     distillation: DistillationConfig
-
     cache: Path | None
-    """Folder of the teacher's cache, where `distillation.teacher` is `cache`."""
+    """The folder of the teacher's cache, which is complete; None where `distillation.teacher` is no cache."""

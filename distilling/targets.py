@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+# Caches are checked on login nodes, which should not wait for torch.
+if TYPE_CHECKING:
+    import torch
 
 # Tensors are named by shape. N supervised tokens, S tokens kept of each distribution.
 
@@ -42,6 +46,8 @@ class SparseTargets:
     @classmethod
     def joined(cls, rows: Sequence[RowTargets]) -> SparseTargets:
         """The targets of several sequences one after another; rows with fewer kept tokens are filled at weight 0."""
+        import torch
+
         width = max(row.ids_NS.shape[1] for row in rows)
         has_tail = rows[0].log_tail_N is not None
         assert all((row.log_tail_N is not None) == has_tail for row in rows)

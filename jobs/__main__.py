@@ -17,7 +17,9 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
+from distilling.identity import is_complete
 from jobs import launch
+from jobs.capture_plan import capture_lines
 from jobs.config import PROJECT, resolved_values
 from jobs.doctor import run_doctor
 from jobs.drill import drill, show_drill
@@ -26,7 +28,7 @@ from jobs.extend import extend_parser, extend_run, with_stored_extensions
 from jobs.local import AlreadyRunningError
 from jobs.log_files import show_logs
 from jobs.plan import Plan, plan_run
-from jobs.preflight import CheckedRun, check_run
+from jobs.preflight import CheckedRun, check_run, local_world_size
 from jobs.progress import RunWatcher, console_for_messages
 from jobs.queue import SlurmError
 from jobs.report import write_report
@@ -43,6 +45,7 @@ USAGE = """\
 ./train.sh check FILE       find everything wrong with FILE before anything starts
 ./train.sh plan FILE        blocks, steps, learning rates, tokens, GPU-hours, disk
 ./train.sh prepare FILE     make the training data of a run, or a mixture of many sources, here and now
+./train.sh capture FILE     the data and the teacher's cache of a distillation run, no more; --here makes them here
 ./train.sh check-dataset FILE   two rows of each split as the trainer will see them
 ./train.sh status [NAME]    how runs stand; --watch redraws, --json is for programs
 ./train.sh logs NAME        what the newest job printed; -f follows, --block N and --rank R pick
@@ -107,7 +110,9 @@ def run_command(arguments: list[str]) -> int:
     if options.dry_run:
         show_plan(checked, plan)
         return 0
+    launch.refuse_full_disk(plan)
     run = launch.open_run_folder(checked, plan.data_key, console.print)
+    run.capture_only.unlink(missing_ok=True)
     if run.done.exists():
         console.print(f"run {run.path.name} is finished; its folder is {run.path}", highlight=False)
         show_status(read_status(run), console)
@@ -120,6 +125,61 @@ def run_command(arguments: list[str]) -> int:
     if checked.cluster == "local":
         return train_here(run, checked, plan)
     return submit(run, checked, plan, wait=options.wait)
+
+
+def capture_command(arguments: list[str]) -> int:
+    """Make the data and the teacher's cache of a distillation run, and nothing else."""
+    parser = verb_parser("capture", "prepare the data and capture the teacher's cache; again finishes what is missing")
+    parser.add_argument("--here", action="store_true", help="on this machine, although there is Slurm")
+    options, checked = parse_and_check(parser, arguments)
+    plan = plan_run(checked)
+    if plan.capture is None:
+        raise ValueError(f"{options.file} makes no teacher's cache: it takes trainer: distillation with teacher: cache")
+    if plan.capture.complete:
+        show_cache(plan.capture.folder)
+        return 0
+    launch.refuse_full_disk(plan)
+    run = launch.open_capture_folder(checked, plan.data_key, tell)
+    launch.clear_halt(run, tell)
+    if checked.cluster == "slurm" and not options.here:
+        show_capture(plan)
+        return submit(run, checked, plan, wait=False)
+    prepare_data(checked)
+    plan = plan_run(checked)
+    show_capture(plan)
+    launch.refuse_full_disk(plan)
+    checked = dataclasses.replace(checked, world_size=local_world_size(checked.config, []))
+    code = launch.train_here(run, checked, plan, RunWatcher(run, console).watch)
+    if code != ExitCode.DONE:
+        print(f"error: the capture stopped with exit code {code}; details in {run.logs}", file=sys.stderr)
+        return code
+    assert plan.capture is not None
+    if not is_complete(plan.capture.folder):
+        tell(f"the last shards of {plan.capture.folder} are captured by others just now; run this again later")
+        return ExitCode.STOPPED_EARLY
+    show_cache(plan.capture.folder)
+    return ExitCode.DONE
+
+
+def show_capture(plan: Plan) -> None:
+    """Print what the teacher's cache costs."""
+    for line in capture_lines(plan.capture) if plan.capture else []:
+        tell(line)
+
+
+def show_cache(folder: Path) -> None:
+    """Print where a teacher's cache lies and how well it stands for the teacher, by source."""
+    from distilling.cache import fidelity  # torch
+
+    tell(f"the teacher's cache is complete: {folder}")
+    for source, sums in fidelity(folder).items():
+        if not sums.positions:
+            continue
+        count = sums.positions
+        tell(
+            f"  {source}: {count:,} tokens, {sums.kept_mass / count:.2%} of the probability kept, the right token is "
+            f"among the most probable at {sums.labels_in_top / count:.1%}; its loss {sums.nll / count:.4f}"
+        )
 
 
 def train_here(run: RunFolder, checked: CheckedRun, plan: Plan) -> int:
@@ -459,6 +519,7 @@ def show_plan(checked: CheckedRun, plan: Plan) -> None:
     if plan.max_gpu_hours is not None:
         costs.append(f"at most {plan.max_gpu_hours:,.1f} GPU-hours")
     console.print("; ".join(costs), highlight=False)
+    show_capture(plan)
 
 
 def print_json(value: Any) -> None:
@@ -470,6 +531,7 @@ VERBS = {
     "check": check_command,
     "plan": plan_command,
     "prepare": prepare_command,
+    "capture": capture_command,
     "check-dataset": check_dataset_command,
     "status": status_command,
     "logs": logs_command,

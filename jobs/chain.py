@@ -13,7 +13,18 @@ from typing import Any, Literal
 from mixture.whole_files import write_whole
 from training.run_folder import RunFolder
 
-JobKind = Literal["prepare", "block", "evaluate"]
+JobKind = Literal["prepare", "capture", "block", "evaluate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayShape:
+    """How many tasks a job has, and how many GPUs each of them."""
+
+    tasks: int = 1
+    gpus: int = 1
+
+
+ONE_JOB = ArrayShape()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +43,12 @@ class ChainJob:
 
     released: bool = False
     """Whether it may start; until its whole submission is known to have arrived it is held."""
+
+    tasks: int = 1
+    """Tasks of the Slurm array that it is, which do the same work side by side; 1: no array."""
+
+    gpus: int = 1
+    """Of each task; a block has those that the settings give it."""
 
 
 @dataclass
@@ -72,14 +89,16 @@ class Journal:
             write_whole(self.path, json.dumps(content, indent=2).encode() + b"\n", synced=True)
             self.jobs = jobs
 
-    def plan_of(self, kinds: Sequence[JobKind], run_name: str) -> list[ChainJob]:
+    def plan_of(self, kinds: Sequence[JobKind], run_name: str, capture: ArrayShape = ONE_JOB) -> list[ChainJob]:
         """A job for each kind, in order: one that is not released yet where there is one, else a new one."""
         spare = [job for job in self.jobs if not job.released]
         plan: list[ChainJob] = []
         for kind in kinds:
             job = next((job for job in spare if job.kind == kind), None)
             if job is None:
-                job = ChainJob(kind=kind, name=next_name(self.run_id, run_name, kind, [*self.jobs, *plan]))
+                name = next_name(self.run_id, run_name, kind, [*self.jobs, *plan])
+                shape = capture if kind == "capture" else ONE_JOB
+                job = ChainJob(kind=kind, name=name, tasks=shape.tasks, gpus=shape.gpus)
             else:
                 spare.remove(job)
             plan.append(job)
@@ -92,9 +111,11 @@ def next_name(run_id: str, run_name: str, kind: JobKind, jobs: Sequence[ChainJob
     return f"baton-{run_name}-{run_id}-{kind}-{max(numbers, default=0) + 1}"
 
 
-def jobs_needed(*, prepared: bool, blocks_left: int, evaluated: bool) -> list[JobKind]:
+def jobs_needed(*, prepared: bool, captured: bool, blocks_left: int, evaluated: bool) -> list[JobKind]:
     """The jobs that an empty queue would need to finish the run, in order."""
     preparation: list[JobKind] = [] if prepared else ["prepare"]
+    if not captured:
+        preparation.append("capture")
     blocks: list[JobKind] = ["block"] * blocks_left
     evaluation: list[JobKind] = [] if evaluated else ["evaluate"]
     return preparation + blocks + evaluation
@@ -103,11 +124,14 @@ def jobs_needed(*, prepared: bool, blocks_left: int, evaluated: bool) -> list[Jo
 def jobs_to_submit(needed: list[JobKind], queued: list[JobKind]) -> list[JobKind]:
     """What to add behind the jobs that are queued or running already.
 
-    An evaluation that would run before blocks, queued or still missing, is followed by another one after them.
+    An evaluation that would run before blocks, queued or still missing, is followed by another one after them. Nothing
+    is captured behind blocks: they capture what is missing themselves before they train.
     """
     missing: list[JobKind] = []
     waiting = list(queued)
     for kind in needed:
+        if kind == "capture" and "block" in queued:
+            continue
         in_place = kind in waiting if kind != "evaluate" else not missing and queued[-1:] == ["evaluate"]
         if in_place:
             waiting.remove(kind)

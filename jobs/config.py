@@ -8,8 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from distilling.config import DistillationConfig, TeacherModelConfig
 from mixture.config import DatasetConfig
 from settings.typed import build, leaves
 from settings.yaml_tree import ConfigError, ConfigTree, Problem, read_config_file, read_overrides
@@ -18,6 +19,9 @@ from training.config import EvaluationConfig, FinetuningConfig, ModelConfig, Tra
 
 PROJECT = Path(__file__).resolve().parent.parent
 """The folder with train.sh: relative paths to runs, data and dataset modules start here."""
+
+TrainerName = Literal["finetuning", "distillation"]
+"""Each trainer has a section of its name, which only its runs have."""
 
 SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key|credentials?)$", re.IGNORECASE)
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -134,13 +138,22 @@ OWNED_SBATCH_OPTIONS = frozenset(
 
 
 @dataclass(kw_only=True, frozen=True)
+class TokenizerSource:
+    """Where a tokenizer is loaded from."""
+
+    name: str
+    revision: str | None
+    trust_remote_code: bool
+
+
+@dataclass(kw_only=True, frozen=True)
 class RunConfig:
     """One run: what is trained on what, how, and where."""
 
     name: str
     """Name of the run and of its folder; the file's name where unset."""
 
-    trainer: Literal["finetuning"] = "finetuning"
+    trainer: TrainerName = "finetuning"
     """Which trainer runs in the blocks."""
 
     cluster: Literal["auto", "slurm", "local"] = "auto"
@@ -160,6 +173,7 @@ class RunConfig:
     training: TrainingConfig
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
+    distillation: DistillationConfig | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
@@ -177,6 +191,21 @@ class RunConfig:
     def data_folder(self) -> Path:
         """Where prepared data lies."""
         return PROJECT / Path(self.data_dir).expanduser()
+
+    @property
+    def tokenizer(self) -> TokenizerSource:
+        """The tokenizer that makes the tokens: the one that is named, else that of the teacher whose distributions over
+        them are learned, else the model's own."""
+        model, distillation = self.model, self.distillation
+        if model.tokenizer is not None:
+            return TokenizerSource(name=model.tokenizer, revision=None, trust_remote_code=model.trust_remote_code)
+        source = distillation.teacher_model if distillation and distillation.teacher != "text" else model
+        return TokenizerSource(name=source.name, revision=source.revision, trust_remote_code=source.trust_remote_code)
+
+    @property
+    def objective(self) -> Literal["sft", "pretrain"]:
+        """What the data is prepared for."""
+        return self.finetuning.objective if self.trainer == "finetuning" else "sft"
 
 
 def read_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -204,8 +233,9 @@ def run_config(tree: ConfigTree) -> RunConfig:
     Raises:
         ConfigError: everything that is wrong with it, one line each.
     """
-    problems = [*secrets_in_settings(tree), *unknown_training_arguments(tree)]
+    problems = [*secrets_in_settings(tree), *unknown_training_arguments(tree), *sections_of_other_trainers(tree)]
     move_module_keys(tree)
+    fill_in_student(tree)
     config = build(RunConfig, tree.values, (), tree, problems)
     if config is not None:
         problems += contradictions(config, tree)
@@ -246,6 +276,36 @@ def move_module_keys(tree: ConfigTree) -> None:
 
 def misspelt(key: str, known: set[str]) -> bool:
     return bool(difflib.get_close_matches(key, known, n=1, cutoff=0.85))
+
+
+def sections_of_other_trainers(tree: ConfigTree) -> list[Problem]:
+    """Take the sections out that the run's trainer does not read, and tell of them; its own is there at least empty."""
+    trainer = tree.values.get("trainer") or "finetuning"
+    names = get_args(TrainerName)
+    if trainer not in names:
+        return []
+    if tree.values.get(trainer) is None:
+        tree.values[trainer] = {}
+    return [
+        Problem(
+            tree.place((name,)),
+            f"{name}: only trainer: {name} reads this section, and this run has trainer: {trainer}; keep one of them",
+        )
+        for name in names
+        if name != trainer and tree.values.pop(name, None) is not None
+    ]
+
+
+def fill_in_student(tree: ConfigTree) -> None:
+    """Name the teacher as the model where the student is cut from it and nothing else is named."""
+    distillation, model = tree.values.get("distillation"), tree.values.setdefault("model", {})
+    if not isinstance(distillation, dict) or not isinstance(model, dict | None):
+        return
+    teacher = distillation.get("teacher_model")
+    if distillation.get("from_teacher") and isinstance(teacher, dict) and "name" in teacher:
+        model = tree.values["model"] = model or {}
+        if model.get("name") is None:
+            model |= {"name": teacher["name"], "revision": teacher.get("revision")}
 
 
 def unknown_training_arguments(tree: ConfigTree) -> list[Problem]:
@@ -296,11 +356,41 @@ def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
                 problems.append(
                     Problem(tree.place(("model", key)), f"model.{key} is read only where model.peft is true")
                 )
+    if config.distillation is not None and config.distillation.from_teacher is not None:
+        problems += contradictions_of_student(config.model, config.distillation.teacher_model, tree)
+    return problems
+
+
+def contradictions_of_student(model: ModelConfig, teacher: TeacherModelConfig, tree: ConfigTree) -> list[Problem]:
+    """What cannot be said of a student that is cut from its teacher."""
+    problems = []
+    if (model.name, model.revision) != (teacher.name, teacher.revision):
+        problems.append(
+            Problem(
+                tree.place(("model", "name")),
+                f"model.name: {model.name} is not the teacher ({teacher.name}) that distillation.from_teacher cuts the "
+                "student from; leave out one of them",
+            )
+        )
+    if model.from_scratch:
+        problems.append(
+            Problem(
+                tree.place(("model", "from_scratch")),
+                "model.from_scratch would throw away the layers that distillation.from_teacher takes; keep one of them",
+            )
+        )
     return problems
 
 
 def resolved_values(config: RunConfig) -> dict[str, Any]:
     """Every setting as plain values, in the shape of the YAML file; what config.yaml in the run folder holds."""
-    values = dataclasses.asdict(config)
+    values: dict[str, Any] = with_text_keys(dataclasses.asdict(config))
     values["dataset"].update(values["dataset"].pop("module_keys"))
-    return values
+    return {key: value for key, value in values.items() if key == config.trainer or key not in get_args(TrainerName)}
+
+
+def with_text_keys(value: Any) -> Any:
+    """The value with the keys of all its mappings as texts, as they are read from YAML."""
+    if isinstance(value, dict):
+        return {str(key): with_text_keys(item) for key, item in value.items()}
+    return value

@@ -12,13 +12,14 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import orjson
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from jobs.capture_doctor import distillation_findings
+from jobs.capturing import has_capture
 from jobs.cluster import (
     SIGNAL_EARLY_S,
     Cluster,
@@ -29,42 +30,18 @@ from jobs.cluster import (
     read_cluster,
 )
 from jobs.config import PROJECT, RunConfig, SlurmConfig, read_run_config
+from jobs.findings import Finding, Level, fine, note, problem
 from jobs.plan import checkpoint_bytes, count_parameters
 from jobs.preflight import check_run, missing_slurm, visible_gpus
 from jobs.triage import BlockTiming, time_last_block
 from settings.yaml_tree import ConfigError
 from training.run_folder import RunFolder
 
-Level = Literal["fine", "note", "problem"]
-
 DEFAULT_CRED_EXPIRE_S = 120
 SHORT_WARNING_S = 60
 CHECKPOINTS_THAT_MUST_FIT = 2
 NODE_WAIT_S = 120
 LEVEL_STYLE: dict[Level, str] = {"fine": "green", "note": "yellow", "problem": "bold red"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing that was looked at."""
-
-    about: str
-    level: Level
-    found: str
-    advice: str
-    """What the kit does about it, or what the user can do."""
-
-
-def fine(about: str, found: str, advice: str) -> Finding:
-    return Finding(about=about, level="fine", found=found, advice=advice)
-
-
-def note(about: str, found: str, advice: str) -> Finding:
-    return Finding(about=about, level="note", found=found, advice=advice)
-
-
-def problem(about: str, found: str, advice: str) -> Finding:
-    return Finding(about=about, level="problem", found=found, advice=advice)
 
 
 def run_doctor(arguments: Sequence[str], console: Console) -> int:
@@ -375,11 +352,13 @@ def run_findings(config: RunConfig, cluster: Cluster, timing: BlockTiming) -> It
             "slurm.gpu_id", f"{slurm.gpu_id}, and Slurm hands out GPUs here",
             "use slurm.gpus_per_node: 1 instead; a device picked by hand is somebody else's",
         )  # fmt: skip
-    jobs, limit = config.training.total_jobs + 2, submit_limit(cluster, slurm)
+    capture_tasks = config.distillation.cache.tasks if config.distillation and has_capture(config) else 0
+    jobs, limit = config.training.total_jobs + 2 + capture_tasks, submit_limit(cluster, slurm)
     if limit is not None and jobs > limit:
         yield note(
             "submission", f"the chain has {jobs} jobs, and {limit} may be queued at once",
-            "run the file again to add the rest, or take fewer, longer blocks (training.epochs_per_job)",
+            "run the file again to add the rest, or take fewer, longer blocks (training.epochs_per_job)"
+            + (", or fewer distillation.cache.tasks" if capture_tasks else ""),
         )  # fmt: skip
 
 
@@ -441,9 +420,11 @@ def settings_findings(file: Path, overrides: Sequence[str], runs: Path) -> Itera
             yield problem("settings", str(wrong), "mend the file; ./train.sh check says the same")
         return
     yield fine("settings", f"{file} is fine", "./train.sh plan shows blocks, steps and costs")
-    all_bytes = checkpoint_bytes(checked, count_parameters(checked.config.model))
+    all_bytes = checkpoint_bytes(checked, count_parameters(checked.config.model.name))
     one_bytes = all_bytes // (checked.config.training.keep_checkpoints + 1) if all_bytes else None
     yield disk_finding(runs, CHECKPOINTS_THAT_MUST_FIT * one_bytes if one_bytes else None)
+    if checked.config.distillation is not None:
+        yield from distillation_findings(checked)
 
 
 # A node, asked through a job of its own

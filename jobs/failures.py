@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jobs.capturing import shards_done
 from jobs.chain import JobKind, Journal
 from jobs.config import RunConfig, read_resolved_config
 from jobs.exit_code import CRASHED, ExitCode
@@ -30,7 +32,7 @@ from jobs.triage import (
 from mixture.whole_files import write_whole
 from training.checkpoints import NoValidCheckpointError, newest_valid
 from training.run import NonFiniteLossError
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, own_job_id
 
 
 def exit_code_of(error: Exception) -> int:
@@ -62,17 +64,20 @@ def account_for_failure(
     run.record_event("error", kind=kind, exit_code=int(code), message=reason)
     tail = LogTail(text="".join(traceback.format_exception(error)))
     host = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
-    step = newest_step(run)
-    diagnosis = diagnose([tail], exit_code=code, hosts=[host], earlier=kinds_at_step(run.events(), step))
-    record_diagnosis(run, diagnosis, job=os.environ.get("SLURM_JOB_ID"), step=step)
+    step = progress(run, kind)
+    diagnosis = diagnose([tail], exit_code=code, hosts=[host], earlier=kinds_at_step(run.events(), step, kind))
+    record_diagnosis(run, diagnosis, job=own_job_id(), job_kind=kind, step=step)
     act_on(run, diagnosis, reason)
 
 
 def account_for_silent_end(run: RunFolder) -> None:
-    """Diagnose the job that started before this one, if it ended without a word. For the first process of a job."""
-    before = silent_start(list(run.events()))
-    if before is None:
-        return
+    """Diagnose each job that started before this one and ended without a word. For the first process of a job."""
+    for start in silent_starts(run.events()):
+        account_for_silent_job(run, start)
+
+
+def account_for_silent_job(run: RunFolder, before: dict[str, Any]) -> None:
+    """Diagnose a job by its start, unless it still runs."""
     job_id, starts_ago = before["job"], 0
     found: SlurmJob | None = None
     if job_id is not None:
@@ -80,36 +85,39 @@ def account_for_silent_end(run: RunFolder) -> None:
             found = ask_slurm(job_id)
         except (SlurmError, FileNotFoundError):
             return
-        if job_id == os.environ.get("SLURM_JOB_ID"):
+        if job_id == own_job_id():
             starts_ago, found = 1, None  # Slurm has put it back into the queue; its log goes on
         elif found is not None and found.is_live:
             return
-    step = newest_step(run)
+    step = progress(run, before["kind"])
     logs = [read_log_tail(path, starts_ago=starts_ago) for path in logs_of(run, before)]
     diagnosis = diagnose(
         logs,
         exit_code=found.exit_code if found else None,
         slurm_state=found.state if found else None,
         hosts=[before["host"]],
-        earlier=kinds_at_step(run.events(), step),
+        earlier=kinds_at_step(run.events(), step, before["kind"]),
         timing=block_timing(run, read_resolved_config(run.config)) if before["kind"] == "block" else None,
     )
     print(
         f"the job before ended without a word: {diagnosis.kind} ({diagnosis.evidence}); {diagnosis.advice}", flush=True
     )
-    record_diagnosis(run, diagnosis, job=job_id, step=step)
+    record_diagnosis(run, diagnosis, job=job_id, job_kind=before["kind"], step=step)
     act_on(run, diagnosis, f"{before['kind']}: {diagnosis.kind}: {diagnosis.evidence}")
 
 
-def silent_start(events: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The start of the last job, where neither its end nor a diagnosis of it nor the user's word followed."""
-    for event in reversed(events):
+def silent_starts(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last starts of jobs which neither their end nor a diagnosis of them nor the user's word followed."""
+    starts: dict[str | None, dict[str, Any]] = {}
+    for event in events:
         match event["event"]:
             case "job_start":
-                return event
-            case "job_end" | "diagnosis" | "started_by_user":
-                return None
-    return None
+                starts[event["job"]] = event
+            case "job_end" | "diagnosis":
+                starts.pop(event["job"], None)
+            case "started_by_user":
+                starts.clear()
+    return list(starts.values())
 
 
 def logs_of(run: RunFolder, start: dict[str, Any]) -> list[Path]:
@@ -153,6 +161,11 @@ def exclude_from_queued(run: RunFolder, hosts: list[str]) -> None:
                 call("scontrol", "update", f"JobId={job.id}", f"ExcNodeList={','.join(hosts)}")
     except (SlurmError, FileNotFoundError) as error:
         print(f"cannot keep all queued jobs off {', '.join(hosts)}: {error}", flush=True)
+
+
+def progress(run: RunFolder, kind: JobKind) -> int:
+    """What jobs of a kind have done for good: shards of the teacher's cache, else optimizer steps."""
+    return shards_done(run, read_resolved_config(run.config)) if kind == "capture" else newest_step(run)
 
 
 def newest_step(run: RunFolder) -> int:

@@ -1,4 +1,4 @@
-"""What runs inside a job: prepare the data, train one block, or evaluate; and what its exit code tells the chain.
+"""What runs inside a job, and what its exit code tells the chain: prepare, capture a teacher, train a block, evaluate.
 
 A job that is asked to stop saves what it must and puts itself back into the queue (requeue.py). What cannot go on that
 way is made good by the next block, and every job sees to it that enough blocks follow it (top_up.py).
@@ -6,16 +6,27 @@ way is made good by the next block, and every job sees to it that enough blocks 
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast, get_args
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast, get_args
 
+from distilling.run import DistillationRun
+from jobs.capturing import (
+    capture_before_training,
+    capture_request,
+    capture_what_is_missing,
+    folder_of_cache,
+    is_captured,
+)
 from jobs.chain import JobKind, Journal
 from jobs.config import RunConfig, read_resolved_config
+from jobs.distillation_checks import check_tokens_in_full
 from jobs.exit_code import ExitCode
 from jobs.failures import account_for_failure, account_for_silent_end, exit_code_of, newest_step, report_failure
 from jobs.local import LOG_NAME
@@ -31,11 +42,14 @@ from mixture.prepare import PreparedData, prepare, prepared_folder
 from mixture.recipe import Mixture
 from mixture.whole_files import write_whole
 from training.checkpoints import newest_valid
-from training.owner import LostOwnershipError, Owner
+from training.owner import LostOwnershipError
 from training.run import FinetuningRun
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, own_job_id
 from training.schedule import Horizon
 from training.stopping import StopRequested, StopSignals, ignore_stop_signals
+
+if TYPE_CHECKING:
+    from distilling.capture import CaptureRequest
 
 BLOCKED_SIGNALS = ("TERM", "USR2")
 """For processes that take seconds until they handle these; they would kill them before."""
@@ -78,6 +92,9 @@ class JobContext:
     """Where recipe and result of a mixture lie, as the manifest has it."""
 
     prepared: Path
+    cache: Path | None
+    """Where the teacher's cache lies; None where the run reads none."""
+
     working_folder: Path
     """Where the user submitted from, and where relative paths in dataset modules start."""
 
@@ -89,7 +106,8 @@ def run_job(kind: JobKind, run: RunFolder, signals: StopSignals | None = None) -
     top_up = None
     if is_first_process():
         restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        account_for_silent_end(run)
+        if is_first_task():
+            account_for_silent_end(run)
         run.record_event(
             "job_start", kind=kind, pid=os.getpid(), restart=restart, step=newest_step(run),
             log=os.environ.get(LOG_NAME),
@@ -121,7 +139,7 @@ def run_job(kind: JobKind, run: RunFolder, signals: StopSignals | None = None) -
 
 def start_top_up(run: RunFolder) -> subprocess.Popen[bytes] | None:
     """On Slurm, submit what the chain will lack after this job, beside its work."""
-    if "SLURM_JOB_ID" not in os.environ or not is_first_process():
+    if "SLURM_JOB_ID" not in os.environ or not is_first_process() or not is_first_task():
         return None
     blocked = [f"--block-signal={name}" for name in BLOCKED_SIGNALS]
     return subprocess.Popen(["env", *blocked, sys.executable, "-u", "-m", "jobs.top_up", str(run.path)])
@@ -145,7 +163,7 @@ def stop_reason(run: RunFolder, signals: StopSignals) -> StopReason:
 
 
 def record_end(run: RunFolder, kind: JobKind, code: int, started: float, reason: StopReason | None) -> None:
-    step = None if kind == "prepare" else newest_step(run)
+    step = newest_step(run) if kind in ("block", "evaluate") else None
     details = {"reason": reason} if reason else {}
     run.record_event(
         "job_end", kind=kind, exit_code=int(code), seconds=round(time.time() - started, 1), step=step, **details
@@ -158,7 +176,7 @@ def go_on_later(run: RunFolder) -> None:
     """Put the job back into the queue and wait to be ended; returns where Slurm does not have it."""
     if not is_first_process():
         wait_for_the_end()
-    elif requeue(os.environ["SLURM_JOB_ID"], report):
+    elif (job_id := own_job_id()) and requeue(job_id, report):
         run.record_event("requeued")
         wait_for_the_end()
 
@@ -180,6 +198,8 @@ def enter(kind: JobKind, run: RunFolder, signals: StopSignals) -> int:
     match kind:
         case "prepare":
             return prepare_data(context)
+        case "capture":
+            return capture_teacher(context, signals)
         case "block":
             return train_block(context, signals)
         case "evaluate":
@@ -196,12 +216,18 @@ def open_run(run: RunFolder) -> JobContext:
         name=snapshot_name(config.model.name, run.code),
         tokenizer=snapshot_name(config.model.tokenizer, run.code) if config.model.tokenizer else None,
     )
+    distillation = config.distillation
+    if distillation is not None:
+        teacher = distillation.teacher_model
+        teacher = replace(teacher, name=snapshot_name(teacher.name, run.code))
+        distillation = replace(distillation, teacher_model=teacher)
     return JobContext(
         run=run,
-        config=replace(config, model=model),
+        config=replace(config, model=model, distillation=distillation),
         module=ModuleFile(Path(module["path"]), module["function"]) if module else None,
         mixture=manifest["mixture"],
         prepared=prepared_folder(config.data_folder, manifest["data_key"]),
+        cache=folder_of_cache(config, manifest["cache_key"]),
         working_folder=existing_folder(Path(manifest["working_folder"]), run.code),
     )
 
@@ -218,6 +244,9 @@ def existing_folder(folder: Path, otherwise: Path) -> Path:
 
 def prepare_data(context: JobContext) -> int:
     """Prepare the data, unless another run has done so already."""
+    distillation = context.config.distillation
+    if distillation is not None and distillation.teacher != "text":
+        check_tokens_in_full(context.config, report)
     mixture = stored_mixture(context)
     if mixture:
         make_mixture(context, mixture)
@@ -250,17 +279,39 @@ def report(line: str) -> None:
     print(line, flush=True)
 
 
+def capture_teacher(context: JobContext, signals: StopSignals) -> int:
+    """Capture what is missing of the teacher's cache and nobody else captures."""
+    require_prepared(context)
+    if is_captured(context.run, context.config):
+        report(f"the teacher's cache is complete: {context.cache}")
+        return ExitCode.DONE
+    complete = capture_what_is_missing(cache_request(context), context.run, signals, report)
+    if not complete and context.run.stop.exists():
+        return ExitCode.STOPPED_EARLY
+    report(f"the teacher's cache {'is complete' if complete else 'is finished by others'}: {context.cache}")
+    return ExitCode.DONE
+
+
+def cache_request(context: JobContext) -> CaptureRequest:
+    assert context.cache is not None
+    return capture_request(context.config, context.prepared, context.cache)
+
+
 def train_block(context: JobContext, signals: StopSignals) -> int:
     """Train from the newest checkpoint to the next boundary."""
-    import finetuning  # torch and transformers: seconds, and only blocks need them
-
+    require_prepared(context)
+    if not is_captured(context.run, context.config):
+        report(f"the teacher's cache is not complete; capturing what is missing before training: {context.cache}")
+        if not capture_before_training(cache_request(context), context.run, signals, report):
+            return ExitCode.STOPPED_EARLY
+    trainer, trainer_run = trainer_of(context.config), run_of_trainer(context, signals)
     try:
         owner = take_ownership(context.run, report) if is_first_process() else None
     except OwnedElsewhereError as error:
         report(str(error))
         return ExitCode.STOPPED_EARLY
     try:
-        result = finetuning.train(finetuning_run(context, signals, owner))
+        result = trainer.train(replace(trainer_run, owner=owner))
     except LostOwnershipError as error:
         report(str(error))
         return ExitCode.STOPPED_EARLY
@@ -274,12 +325,11 @@ def train_block(context: JobContext, signals: StopSignals) -> int:
 
 def evaluate_run(context: JobContext, signals: StopSignals) -> int:
     """Score the trained model, and mark the run as done."""
-    import finetuning
-
     if not training_finished(context):
         print("training has not reached its end yet: more blocks are needed before this job", file=sys.stderr)
         return ExitCode.STOPPED_EARLY
-    finetuning.evaluate(finetuning_run(context, signals, None))
+    require_prepared(context)
+    trainer_of(context.config).evaluate(run_of_trainer(context, signals))
     write_whole(context.run.done, time.strftime("%Y-%m-%dT%H:%M:%S%z\n").encode(), synced=True)
     context.run.record_event("done")
     cancel_what_waits(context.run)
@@ -298,23 +348,33 @@ def cancel_what_waits(run: RunFolder) -> None:
         report(f"cannot look for jobs that are not needed any more: {error}")
 
 
-def finetuning_run(context: JobContext, signals: StopSignals, owner: Owner | None) -> FinetuningRun:
+def require_prepared(context: JobContext) -> None:
     if PreparedData.open(context.prepared) is None:
         raise ValueError(f"the data in {context.prepared} is not prepared: the prepare job did not finish, see logs/")
+
+
+def trainer_of(config: RunConfig) -> ModuleType:
+    """The trainer that the run names: a module at the root with `train` and `evaluate`."""
+    return importlib.import_module(config.trainer)  # torch and transformers: seconds, and not all jobs need them
+
+
+def run_of_trainer(context: JobContext, signals: StopSignals) -> FinetuningRun | DistillationRun:
+    """What the run's trainer is given."""
     config = context.config
-    return FinetuningRun(
-        folder=context.run,
-        prepared=context.prepared,
-        module=context.module,
-        seed=config.seed,
-        dataset=config.dataset,
-        model=config.model,
-        training=config.training,
-        finetuning=config.finetuning,
-        evaluation=config.evaluation,
-        stopping=signals,
-        owner=owner,
-    )
+    shared: dict[str, Any] = {
+        "folder": context.run,
+        "prepared": context.prepared,
+        "module": context.module,
+        "seed": config.seed,
+        "dataset": config.dataset,
+        "model": config.model,
+        "training": config.training,
+        "evaluation": config.evaluation,
+        "stopping": signals,
+    }
+    if config.distillation is not None:
+        return DistillationRun(**shared, distillation=config.distillation, cache=context.cache)
+    return FinetuningRun(**shared, finetuning=config.finetuning)
 
 
 def training_finished(context: JobContext) -> bool:
@@ -340,6 +400,11 @@ def refuse_standstill(run: RunFolder) -> None:
 def is_first_process() -> bool:
     """Whether this is the process of its job that writes to the run folder."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+
+
+def is_first_task() -> bool:
+    """Whether this is no array, or the task of it that looks after the chain for all of them."""
+    return os.environ.get("SLURM_ARRAY_TASK_ID", "0") == "0"
 
 
 def main(arguments: list[str]) -> int:

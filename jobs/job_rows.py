@@ -97,8 +97,9 @@ def read_job_rows(
     """The jobs that have started, in the order of their starts, then those that wait, in the order of the chain."""
     rows = with_newest_metrics(started_jobs(events), newest_metrics)
     rows = [numbered(row, block_steps, num_blocks) for row in rows]
-    found = {job.id: job for job in slurm.jobs if journal.owns(job.name)}
-    rows = [with_slurms_word(row, found.get(row.id or ""), slurm) for row in rows]
+    found = [job for job in slurm.jobs if journal.owns(job.name)]
+    by_id = {task.id: task for job in found for task in job.tasks or (job,)}
+    rows = [with_slurms_word(row, by_id.get(row.id or ""), slurm) for row in rows]
     to_come = waiting_jobs(rows, journal, found, slurm.silence)
     return rows + number_those_to_come(rows, to_come, finished_blocks, num_blocks)
 
@@ -230,17 +231,24 @@ def ended_in_slurm(row: JobRow, found: QueuedJob | None) -> JobRow:
 
 
 def waiting_jobs(
-    rows: Sequence[JobRow], journal: Journal, found: dict[str, QueuedJob], silence: str | None
+    rows: Sequence[JobRow], journal: Journal, found: Sequence[QueuedJob], silence: str | None
 ) -> list[JobRow]:
     """The jobs of the chain that have not started yet, as far as their events tell."""
     started = {row.id for row in rows}
     if silence is not None:
-        last = max((number for number, job in enumerate(journal.jobs) if job.id in started), default=-1)
+        begun = {job_id.partition("_")[0] for job_id in started if job_id}
+        last = max((number for number, job in enumerate(journal.jobs) if job.id in begun), default=-1)
         behind = [job for job in journal.jobs[last + 1 :] if job.id]
         return [JobRow(kind=job.kind, id=job.id, state="waiting", reason=UNCONFIRMED) for job in behind]
     # By name: a submission that was cut off may not have learned the id of its last job.
-    live = {job.name: job for job in found.values() if job.is_live and job.id not in started}
-    return [not_started(job, live[job.name]) for job in journal.jobs if job.name in live]
+    live = {job.name: job for job in found if job.is_live}
+    return [
+        not_started(job, task)
+        for job in journal.jobs
+        if job.name in live
+        for task in live[job.name].tasks or (live[job.name],)
+        if task.is_live and task.id not in started
+    ]
 
 
 def not_started(job: ChainJob, found: QueuedJob) -> JobRow:

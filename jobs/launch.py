@@ -9,7 +9,9 @@ from pathlib import Path
 
 import yaml
 
-from jobs.chain import JobKind, Journal, jobs_needed
+from jobs.capture_plan import gigabytes
+from jobs.capturing import is_captured, key_of_cache
+from jobs.chain import ONE_JOB, ArrayShape, JobKind, Journal, jobs_needed
 from jobs.config import PROJECT, RunConfig, resolved_values
 from jobs.local import run_chain_here, sole_owner
 from jobs.plan import Plan
@@ -28,6 +30,8 @@ from training.schedule import Horizon
 CHANGEABLE = (
     "cluster",
     "training.save_every",
+    "distillation.cache.tasks",
+    "distillation.cache.gpus_per_task",
     *(f"slurm.{key}" for key in ("partition", "time", "warning_s", "cpus_per_task", "mem", "account", "qos")),
     *(f"slurm.{key}" for key in ("constraint", "gpu_id", "setup", "extra")),
 )
@@ -53,6 +57,24 @@ def open_run_folder(checked: CheckedRun, data_key: str, report: Callable[[str], 
     return run
 
 
+def open_capture_folder(checked: CheckedRun, data_key: str, report: Callable[[str], None]) -> RunFolder:
+    """The run's folder, for a chain of preparation and capture alone; running its file later adds the rest.
+
+    Raises:
+        ValueError: the whole run was started already.
+        ConfigError: a run of that name has other settings or other data.
+    """
+    run = RunFolder(checked.config.folder)
+    if run.manifest.exists() and not run.capture_only.exists():
+        raise ValueError(
+            f"run {run.path.name} was started as a whole and captures its teacher itself; run its file again to go on, "
+            "or give the capture another --name"
+        )
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.capture_only.touch()
+    return open_run_folder(checked, data_key, report)
+
+
 def create_run_folder(run: RunFolder, checked: CheckedRun, data_key: str, report: Callable[[str], None]) -> None:
     """Snapshot code and settings; the manifest goes last, so an interrupted call is repeated in full."""
     shutil.rmtree(run.code, ignore_errors=True)
@@ -63,6 +85,7 @@ def create_run_folder(run: RunFolder, checked: CheckedRun, data_key: str, report
     facts = {
         **describe_environment(),
         "data_key": data_key,
+        "cache_key": key_of_cache(checked.config, data_key),
         "module": module_facts(checked, run),
         "mixture": mixture_facts(checked, run),
         "world_size": checked.world_size,
@@ -104,6 +127,8 @@ def compare_with_stored(run: RunFolder, checked: CheckedRun, data_key: str) -> N
     manifest = read_manifest(run.manifest)
     if not refused and manifest["data_key"] != data_key:
         refused.append(("the data (module, data files or tokenizer)", manifest["data_key"], data_key))
+    if not refused and manifest["cache_key"] != key_of_cache(checked.config, data_key):
+        refused.append(("the teacher", manifest["cache_key"], key_of_cache(checked.config, data_key)))
     if not refused and manifest["world_size"] != checked.world_size:
         refused.append(("the number of processes", manifest["world_size"], checked.world_size))
     if refused:
@@ -116,14 +141,28 @@ def compare_with_stored(run: RunFolder, checked: CheckedRun, data_key: str) -> N
         store_config(run, checked.config)
 
 
+def array_shape(config: RunConfig) -> ArrayShape:
+    """The Slurm array that captures the run's teacher."""
+    if config.distillation is None:
+        return ONE_JOB
+    cache = config.distillation.cache
+    return ArrayShape(tasks=cache.tasks, gpus=cache.gpus_per_task)
+
+
 def remaining_jobs(run: RunFolder, config: RunConfig, data_key: str) -> list[JobKind]:
-    """The jobs that finish the run from where it stands."""
+    """The jobs that finish what is wanted of the run from where it stands."""
     checkpoint, _ = newest_valid(run.checkpoints)
     blocks_left = config.training.num_jobs
     if checkpoint is not None:
         blocks_left -= checkpoint.step // Horizon.of_chain(config.training, checkpoint).block_steps
     prepared = PreparedData.open(prepared_folder(config.data_folder, data_key)) is not None
-    return jobs_needed(prepared=prepared, blocks_left=blocks_left, evaluated=run.done.exists())
+    jobs = jobs_needed(
+        prepared=prepared,
+        captured=is_captured(run, config),
+        blocks_left=blocks_left,
+        evaluated=run.done.exists(),
+    )
+    return [kind for kind in jobs if kind in ("prepare", "capture")] if run.capture_only.exists() else jobs
 
 
 def submit(run: RunFolder, checked: CheckedRun, plan: Plan, report: Callable[[str], None]) -> Outcome:
@@ -142,9 +181,26 @@ def submit_chain(
 ) -> Outcome:
     """Bring the run's jobs in Slurm in line with what it needs; for the one process that owns the run."""
     submission = ChainSubmission(
-        run=run, run_name=config.name, slurm=config.slurm, by_user=by_user, report=report, journal=Journal.open(run)
+        run=run,
+        run_name=config.name,
+        slurm=config.slurm,
+        by_user=by_user,
+        report=report,
+        journal=Journal.open(run),
+        capture=array_shape(config),
     )
     return submission.bring_about(lambda: remaining_jobs(run, config, data_key))
+
+
+def refuse_full_disk(plan: Plan) -> None:
+    """Raise ValueError where the teacher's cache will not fit on its disk."""
+    capture = plan.capture
+    if capture is not None and not capture.fits:
+        raise ValueError(
+            f"distillation.cache: {capture.folder} will need about {gigabytes(capture.cache_bytes or 0)}, and "
+            f"{gigabytes(capture.free_bytes)} are free there; free space, name another data_dir, or keep less of each "
+            "distribution (distillation.cache.kind: hybrid, or a smaller k)"
+        )
 
 
 def train_here(run: RunFolder, checked: CheckedRun, plan: Plan, watch: Callable[[Callable[[], bool]], None]) -> int:

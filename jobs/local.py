@@ -7,14 +7,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from jobs.chain import JobKind
+from jobs.config import read_resolved_config
 from jobs.exit_code import ExitCode
-from jobs.failures import newest_step
+from jobs.failures import progress
 from training.run_folder import RunFolder
 
 LOG_NAME = "BATON_LOG_NAME"
@@ -76,14 +77,14 @@ def run_chain_here(
 ) -> int:
     """Run the jobs in order; returns the exit code of the first that failed for good, else 0.
 
-    A block that crashed is run again as long as each try gets further. `watch` shows progress until its argument
+    A job that crashed is run again as long as each try gets further. `watch` shows progress until its argument
     says that the job has ended.
     """
     for kind in jobs:
-        step = newest_step(run)
+        step = progress(run, kind)
         code = run_job_here(run, kind, num_processes, gpu_id, watch)
-        while code not in set(ExitCode) and newest_step(run) > step:
-            step = newest_step(run)
+        while code not in set(ExitCode) and progress(run, kind) > step:
+            step = progress(run, kind)
             code = run_job_here(run, kind, num_processes, gpu_id, watch)
         if code != ExitCode.DONE:
             return code
@@ -99,7 +100,7 @@ def run_job_here(
 ) -> int:
     """Run one job as one process per GPU, its output in logs/; returns its exit code."""
     run.logs.mkdir(parents=True, exist_ok=True)
-    world_size = num_processes if kind == "block" else 1
+    world_size = {"capture": captures_here(run, num_processes), "block": num_processes}.get(kind, 1)
     log = run.logs / f"{kind}-{len(list(run.logs.glob(f'{kind}-*.log'))) + 1}.log"
     processes = [start_process(run, kind, rank, world_size, gpu_id, log) for rank in range(world_size)]
     try:
@@ -124,9 +125,26 @@ def start_process(
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     if gpu_id is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu_id)
+    if kind == "capture" and world_size > 1:  # a teacher is spread over all GPUs that its process sees
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_devices(environment)[rank::world_size])
     command = [sys.executable, "-u", "-m", "jobs.job", kind, str(run.path)]
     with log.open("ab") as output:
         return subprocess.Popen(command, cwd=run.code, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def captures_here(run: RunFolder, num_gpus: int) -> int:
+    """Processes that capture side by side, each with as many GPUs as the teacher needs."""
+    distillation = read_resolved_config(run.config).distillation
+    return max(1, num_gpus // distillation.cache.gpus_per_task) if distillation else 1
+
+
+def visible_devices(environment: Mapping[str, str]) -> list[str]:
+    """The GPUs that processes of this environment may use, as CUDA_VISIBLE_DEVICES names them."""
+    chosen = environment.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [device.strip() for device in chosen.split(",") if device.strip() not in ("", "-1")]
+    devices = [path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia*")]
+    return [str(number) for number in range(sum(device.isdigit() for device in devices))]
 
 
 def wait_for_all(processes: list[subprocess.Popen[bytes]]) -> list[int]:

@@ -6,9 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.capture_plan import PlannedCapture, plan_capture
+from jobs.capturing import folder_of_cache, has_capture, key_of_cache
+from jobs.config import RunConfig
 from jobs.preflight import CheckedRun
-from mixture.prepare import PreparedData, data_key, prepared_folder
-from training.config import ModelConfig
+from mixture.prepare import PreparedData, SplitStats, data_key, prepared_folder
 from training.schedule import Horizon, chain_learning_rate
 
 
@@ -46,6 +48,9 @@ class Plan:
     checkpoint_bytes: int | None
     """Disk for the checkpoints that are kept, plus one being written; None where the model's size is unknown."""
 
+    capture: PlannedCapture | None
+    """The teacher's cache; None where the chain makes none."""
+
 
 def plan_run(run: CheckedRun) -> Plan:
     """The plan for a checked run; sizes that depend on the data are None until it is prepared."""
@@ -54,7 +59,7 @@ def plan_run(run: CheckedRun) -> Plan:
     prepared = PreparedData.open(prepared_folder(run.config.data_folder, key))
     train = prepared.splits["train"] if prepared else None
     horizon = Horizon.of(training, num_rows=train.packs, world_size=run.world_size) if train else None
-    parameters = count_parameters(run.config.model)
+    parameters = count_parameters(run.config.model.name)
     slurm = run.config.slurm
     max_gpu_hours = None
     if run.cluster == "slurm" and slurm.gpus_per_node and slurm.time_limit_minutes:
@@ -69,6 +74,24 @@ def plan_run(run: CheckedRun) -> Plan:
         max_gpu_hours=max_gpu_hours,
         num_parameters=parameters,
         checkpoint_bytes=checkpoint_bytes(run, parameters),
+        capture=plan_of_cache(run.config, key, train),
+    )
+
+
+def plan_of_cache(config: RunConfig, data_key: str, train: SplitStats | None) -> PlannedCapture | None:
+    """What the teacher's cache of a run costs; None where the chain makes none."""
+    distillation = config.distillation
+    if distillation is None or not has_capture(config):
+        return None
+    folder = folder_of_cache(config, key_of_cache(config, data_key))
+    assert folder is not None
+    return plan_capture(
+        folder,
+        distillation.cache,
+        tokens=train.tokens if train else None,
+        positions=train.loss_tokens if train else None,
+        epochs=config.training.num_jobs * config.training.epochs_per_job,
+        teacher_parameters=count_parameters(distillation.teacher_model.name),
     )
 
 
@@ -85,12 +108,12 @@ def plan_block(run: CheckedRun, horizon: Horizon | None, number: int) -> Planned
     return PlannedBlock(number=number, epochs=epochs, steps=(first, last), learning_rates=(rate(first), rate(last - 1)))
 
 
-def count_parameters(model: ModelConfig) -> int | None:
+def count_parameters(model: str) -> int | None:
     """Parameters of a dense Llama-like model, from its config.json; None where that does not tell.
 
     Embeddings, attention with grouped keys and values, a gated feed-forward part, and norms.
     """
-    file = Path(model.name) / "config.json"
+    file = Path(model) / "config.json"
     if not file.is_file():
         return None
     shape = json.loads(file.read_text(encoding="utf-8"))

@@ -8,13 +8,16 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from distilling.config import DistillationConfig
 from jobs.cluster import SilentControllerError, read_partitions
 from jobs.config import PROJECT, RunConfig, read_tree, run_config
+from jobs.distillation_checks import check_cache, check_distillation, find_cache, require_weights
+from jobs.local import visible_devices
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile, check_module, resolve_module
 from mixture.hub import absolute_data_files
@@ -46,17 +49,17 @@ class CheckedRun:
 
 def preparation_request(config: RunConfig, module: ModuleFile | None, mixture: Path | None) -> PreparationRequest:
     """The part of the settings that shapes the data, read from a module or from a mixture's folder."""
-    dataset = config.dataset
+    dataset, tokenizer = config.dataset, config.tokenizer
     if mixture is not None:  # its folder's name says all about its rows
         dataset = replace(dataset, name="mixture", file=None, mixture=None, names=None)
     return PreparationRequest(
         dataset=dataset,
         module=module,
         mixture=mixture,
-        tokenizer=config.model.tokenizer or config.model.name,
-        revision=config.model.revision if config.model.tokenizer is None else None,
-        trust_remote_code=config.model.trust_remote_code,
-        objective=config.finetuning.objective,
+        tokenizer=tokenizer.name,
+        revision=tokenizer.revision,
+        trust_remote_code=tokenizer.trust_remote_code,
+        objective=config.objective,
         seed=config.seed,
     )
 
@@ -73,7 +76,7 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
     notes: list[str] = []
     folder = file.resolve().parent
 
-    def collect(key: str, check: Any, *arguments: Any) -> Any:
+    def collect(key: str, check: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return check(*arguments)
         except ConfigError as error:
@@ -93,7 +96,13 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
         notes += mixture_notes(config.dataset)
     else:
         module = collect("dataset.file" if config.dataset.file else "dataset.name", find_module, config.dataset, folder)
-    name = collect("model.name", find_model, config.model.name, config.model.revision, folder)
+    distillation = config.distillation
+    if distillation is not None:
+        distillation = find_teacher(distillation, folder, collect)
+    if distillation is not None and distillation.from_teacher is not None:
+        name = distillation.teacher_model.name
+    else:
+        name = collect("model.name", find_model, config.model.name, config.model.revision, folder)
     tokenizer = config.model.tokenizer
     if tokenizer is not None:
         tokenizer = collect("model.tokenizer", find_model, tokenizer, None, folder, "tokenizer_config.json")
@@ -107,6 +116,9 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
         for key in unread_module_keys(config.dataset, module):
             message = f"dataset.{key}: nothing in {module.path} reads this key; correct or remove it"
             problems.append(Problem(tree.place(("dataset", key)), message))
+    if distillation is not None:
+        model = replace(config.model, name=name or config.model.name, tokenizer=tokenizer)
+        check_distillation(replace(config, model=model, distillation=distillation), collect)
     if problems:
         raise ConfigError(problems)
 
@@ -116,12 +128,30 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
         data_dir=str(config.data_folder),
         dataset=replace(dataset, file=f"{module.path}:{module.function}") if module else dataset,
         model=replace(config.model, name=name, tokenizer=tokenizer, checkpoint_dir=checkpoint_dir),
+        distillation=distillation,
     )
     notes += context_notes(config)
     world_size = config.slurm.world_size if cluster == "slurm" else local_world_size(config, notes)
     return CheckedRun(
         config=config, module=module, mixture=mixture, cluster=cluster, world_size=world_size, notes=notes
     )
+
+
+def find_teacher(
+    distillation: DistillationConfig, config_folder: Path, collect: Callable[..., Any]
+) -> DistillationConfig:
+    """The section with the paths of the teacher and of a cache made before absolute; what is missing is collected."""
+    teacher, cache = distillation.teacher_model, distillation.cache
+    name = collect("distillation.teacher_model.name", find_model, teacher.name, teacher.revision, config_folder)
+    teacher = replace(teacher, name=name or teacher.name)
+    if name is not None and (distillation.teacher != "none" or distillation.from_teacher):
+        collect("distillation.teacher_model.name", require_weights, name)
+    if distillation.teacher == "cache" and cache.folder is not None:
+        found = collect("distillation.cache.folder", find_cache, cache.folder, config_folder)
+        if found is not None:
+            collect("distillation.cache.folder", check_cache, found, teacher, distillation.temperature)
+        cache = replace(cache, folder=found or cache.folder)
+    return replace(distillation, teacher_model=teacher, cache=cache)
 
 
 def choose_cluster(wanted: str) -> Literal["slurm", "local"]:
@@ -328,7 +358,4 @@ def local_world_size(config: RunConfig, notes: list[str]) -> int:
 
 def visible_gpus() -> int:
     """NVIDIA devices of this machine, counted without starting CUDA."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return len([device for device in chosen.split(",") if device.strip() not in ("", "-1")])
-    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
+    return len(visible_devices(os.environ))

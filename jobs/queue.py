@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from jobs.chain import Journal
@@ -81,6 +81,8 @@ class QueuedJob:
     nodes: str
     elapsed: str
     dependency: str
+    tasks: tuple[QueuedJob, ...] = ()
+    """The tasks of an array, with ids like 12_3; its other values are those of the task that is furthest."""
 
     @property
     def is_live(self) -> bool:
@@ -105,7 +107,9 @@ class QueuedJob:
     @property
     def dependencies(self) -> list[str]:
         """What it still waits for, as sbatch was told, for example `afterany:12`."""
-        return [] if self.dependency == "(null)" else [part.partition("(")[0] for part in self.dependency.split(",")]
+        if self.dependency == "(null)":
+            return []
+        return [part.partition("(")[0].removesuffix("_*") for part in self.dependency.split(",")]
 
     @property
     def reason_in_words(self) -> str:
@@ -149,10 +153,36 @@ def my_jobs() -> list[QueuedJob]:
         NoAnswerError: the controller does not answer.
     """
     try:
-        listing = call("squeue", "-h", "--me", "-t", "all", "-o", "%i|%j|%T|%r|%N|%M|%E")
+        listing = call("squeue", "-h", "--me", "--array", "-t", "all", "-o", "%i|%j|%T|%r|%N|%M|%E")
     except SlurmError as error:
         raise NoAnswerError(f"Slurm does not answer: {error}") from None
-    return [QueuedJob(*line.split("|")) for line in listing.splitlines() if line.count("|") == 6]
+    lines = [line.split("|") for line in listing.splitlines() if line.count("|") == 6]
+    return folded(
+        QueuedJob(id=job_id, name=name, state=state, reason=reason, nodes=nodes, elapsed=elapsed, dependency=dependency)
+        for job_id, name, state, reason, nodes, elapsed, dependency in lines
+    )
+
+
+def folded(lines: Iterable[QueuedJob]) -> list[QueuedJob]:
+    """The jobs of a listing with a line for each task, every array as one job."""
+    by_job: dict[str, list[QueuedJob]] = {}
+    for line in lines:
+        by_job.setdefault(line.id.partition("_")[0], []).append(line)
+    return [
+        replace(min(tasks, key=distance_from_work), id=job_id, tasks=tuple(tasks)) if "_" in tasks[0].id else tasks[0]
+        for job_id, tasks in by_job.items()
+    ]
+
+
+def distance_from_work(task: QueuedJob) -> int:
+    """How little a task says of its array: one at work counts before one that leaves, that waits, that has ended."""
+    places = [
+        task.is_live and not (task.is_leaving or task.waits),
+        task.is_leaving,
+        task.waits,
+        task.state != "CANCELLED",
+    ]
+    return next((place for place, holds in enumerate(places) if holds), len(places))
 
 
 def live_jobs(journal: Journal) -> list[QueuedJob]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jobs.queue import RefusedError, SlurmError, call
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, own_job_id
 
 LIVE = ("RUNNING", "SIGNALING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING")
 """SIGNALING: for half a second around every signal."""
@@ -98,7 +98,7 @@ def ask_slurm(job_id: str) -> SlurmJob | None:
 
 def why_stopped(run: RunFolder, *, warning_s: float) -> StopReason:
     """Why this job was asked to stop, as far as it can tell."""
-    job_id = os.environ.get("SLURM_JOB_ID")
+    job_id = own_job_id()
     if run.stop.exists():
         return "stopped"
     if job_id is None:

@@ -18,7 +18,7 @@ from training.run_folder import RunFolder
 
 
 def submit(job: ChainJob, run: RunFolder, slurm: SlurmConfig) -> str:
-    """Submit one job, held; returns its id.
+    """Submit one job, held; returns its id, which for an array is that of the whole.
 
     Raises:
         RefusedError: with sbatch's own words.
@@ -27,7 +27,8 @@ def submit(job: ChainJob, run: RunFolder, slurm: SlurmConfig) -> str:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:
-        return str(executor_for(job, run, slurm).submit(ChainStep(job.kind, str(run.path))).job_id)
+        steps = [ChainStep(job.kind, str(run.path))] * job.tasks
+        return str(executor_for(job, run, slurm).submit_array(steps)[0].job_id).partition("_")[0]
     except FailedSubmissionError as error:
         raise NoAnswerError(str(error)) from None
     except FailedJobError as error:
@@ -57,11 +58,11 @@ def sbatch_words(message: str) -> str:
 
 
 def sbatch_parameters(job: ChainJob, run: RunFolder, slurm: SlurmConfig) -> dict[str, Any]:
-    """What submitit is told about one job. Preparation and evaluation are one process; a block is one per GPU."""
+    """What submitit is told about one job. A block is one process per GPU; all others are one process in all."""
     nodes, tasks_per_node = (slurm.nodes, slurm.tasks_per_node) if job.kind == "block" else (1, 1)
     gpus_per_node = None if job.kind == "prepare" else slurm.gpus_per_node
-    if job.kind == "evaluate" and slurm.gpus_per_node:
-        gpus_per_node = 1
+    if job.kind in ("capture", "evaluate") and slurm.gpus_per_node:
+        gpus_per_node = job.gpus
     options = {
         "partition": slurm.partition,
         "time": slurm.time_limit_minutes,
@@ -133,4 +134,5 @@ def adopt(job: ChainJob, job_id: str, run: RunFolder, slurm: SlurmConfig) -> Non
     executor = executor_for(job, run, slurm)
     submission = DelayedSubmission(ChainStep(job.kind, str(run.path)))
     submission.set_timeout(executor.parameters["time"], executor.max_num_timeout)
-    write_whole(Path(JobPaths(run.logs, job_id=job_id).submitted_pickle), pickle.dumps(submission), synced=True)
+    for task_id in [job_id] if job.tasks == 1 else [f"{job_id}_{task}" for task in range(job.tasks)]:
+        write_whole(Path(JobPaths(run.logs, job_id=task_id).submitted_pickle), pickle.dumps(submission), synced=True)

@@ -23,7 +23,7 @@ def starts_that_count(events: Iterable[dict[str, Any]]) -> list[int]:
     starts: list[int] = []
     for event in events:
         match event:
-            case {"event": "started_by_user"}:
+            case {"event": "started_by_user" | "captured"}:  # a block may begin by capturing what is missing
                 starts = []
             case {"event": "job_start", "kind": "block"}:
                 starts.append(event["step"])

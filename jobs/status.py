@@ -199,6 +199,8 @@ def overall_state(run: RunFolder, jobs: Sequence[JobRow]) -> tuple[str, str]:
         return "halted", run.halt.read_text().strip()
     if stop:
         return "stopped", f"{stop}; ./train.sh resume {run.path.name} goes on"
+    if run.capture_only.exists() and not any(row.state in TO_COME for row in jobs):
+        return "unfinished", "only the teacher's cache was asked for; run its file to train"
     if any(row.reason == CUT_OFF for row in jobs):
         return "queued", CUT_OFF_IN_WORDS
     if any(row.state in TO_COME for row in jobs):

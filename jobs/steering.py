@@ -91,10 +91,12 @@ def ask_to_stop(run: RunFolder, word: Literal["stopped", "cancelled"]) -> None:
 
 
 def tell_to_stop(row: JobRow, run: RunFolder, report: Report) -> None:
-    """Have a job at work end. Blocks look for the STOP file at every step, other jobs want a signal."""
+    """Have a job at work end. Blocks and captures look for the STOP file all the time, other jobs want a signal."""
     name = f"{row.title} (job {row.id})" if row.id else f"{row.title} (process {row.pid} on {row.node})"
     if row.kind == "block":
         report(f"{name} saves a checkpoint and ends; ./train.sh status {run.path.name} tells when it has")
+    elif row.kind == "capture":
+        report(f"{name} keeps the shards that it has finished and ends")
     elif row.id:
         report(f"{name} is told to end")
         tell_slurm(report, "scancel", "--signal=TERM", row.id)
@@ -108,7 +110,7 @@ def tell_to_stop(row: JobRow, run: RunFolder, report: Report) -> None:
 def cancel_waiting(run: RunFolder, report: Report) -> None:
     """Cancel the jobs that wait until none is left and nobody submits more."""
     for jobs, submitter in looks(run, report):
-        waiting = [job for job in jobs if job.waits]
+        waiting = [job for job in jobs if job.waits or any(task.waits for task in job.tasks)]
         if waiting:
             report(f"cancelling the waiting {named(waiting)}")
             tell_slurm(report, "scancel", "--state=PENDING", *last_first(waiting))

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from jobs.chain import ChainJob, JobKind, Journal, ending_jobs, jobs_to_submit
+from jobs.chain import ONE_JOB, ArrayShape, ChainJob, JobKind, Journal, ending_jobs, jobs_to_submit
 from jobs.config import SlurmConfig
 from jobs.queue import NoAnswerError, QueuedJob, RefusedError, SlurmError, call, known_jobs, patiently
 from jobs.slurm import adopt, dependency_on, submit
@@ -56,6 +56,9 @@ class ChainSubmission:
 
     report: Callable[[str], None]
     journal: Journal
+    capture: ArrayShape = ONE_JOB
+    """The array that captures the teacher."""
+
     untouched: bool = True
     changed_at_s: float = field(default_factory=time.monotonic)
     """When Slurm was last told something; at first now, since a call before this one may just have been cut off."""
@@ -114,7 +117,11 @@ class ChainSubmission:
         """What the queue will still do. A job whose work is done may stay in it for some time."""
         ending = ending_jobs(self.run.events())
         shown = [(job, jobs[str(job.id)]) for job in queued]
-        return [job.kind for job, found in shown if found.waits or not (found.is_leaving or job.id in ending)]
+        return [
+            job.kind
+            for job, found in shown
+            if any(task.waits or not (task.is_leaving or task.id in ending) for task in live_tasks(found))
+        ]
 
     def take_back_evaluation(self, kinds: list[JobKind], queued: list[ChainJob], jobs: dict[str, QueuedJob]) -> bool:
         """Hold an evaluation that waits where blocks are still missing, so that it can come after them."""
@@ -127,7 +134,7 @@ class ChainSubmission:
 
     def plan(self, kinds: list[JobKind], jobs: dict[str, QueuedJob]) -> list[ChainJob]:
         """The jobs to submit and release, journalled before anything is done; with ids where Slurm has them."""
-        plan = self.journal.plan_of(kinds, self.run_name)
+        plan = self.journal.plan_of(kinds, self.run_name, self.capture)
         lost = [job for job in plan if job.id is not None and not is_live(job, jobs)]
         if lost:
             self.report(f"Slurm has lost {len(lost)} of the jobs that it accepted; submitting them again")
@@ -159,7 +166,9 @@ class ChainSubmission:
                     self.refused, self.room = error, accepted
                     return True
                 self.journal.record(job)
-                self.report(f"submitted {job.kind} as job {job.id}" + (f", after {previous}" if previous else ""))
+                side_by_side = f" of {job.tasks} tasks" if job.tasks > 1 else ""
+                after = f", after {previous}" if previous else ""
+                self.report(f"submitted {job.kind} as job {job.id}{side_by_side}{after}")
             previous = job.id
         return any(job.id is None for job in plan)
 
@@ -253,6 +262,11 @@ def is_live(job: ChainJob, jobs: dict[str, QueuedJob]) -> bool:
     """Whether Slurm has this very job queued or running."""
     found = jobs.get(str(job.id))
     return found is not None and found.name == job.name and found.is_live
+
+
+def live_tasks(found: QueuedJob) -> list[QueuedJob]:
+    """What is queued or running of a job: the tasks of an array, else the job itself."""
+    return [task for task in found.tasks or (found,) if task.is_live]
 
 
 def waits_for(found: QueuedJob, job: ChainJob, before: ChainJob | None) -> bool:

@@ -25,7 +25,7 @@ from jobs.snapshot import read_manifest
 from jobs.standstill import stands_still
 from jobs.submission import Outcome
 from training.checkpoints import NoValidCheckpointError
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, own_job_id
 
 OF_THE_JOB = ("SLURM", "SUBMITIT_", "PMI")
 OF_THE_PROCESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
     """Top up the chain of one run; at a limit with nothing behind this job, try until there is room."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_TO_LEAVE)
     run = RunFolder(Path(*arguments))
-    own_id = os.environ.get("SLURM_JOB_ID")
+    own_id = (own_job_id() or "").partition("_")[0]
     environment = outside_of_job(os.environ)
     os.environ.clear()
     os.environ.update(environment)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jobs.chain import JobKind
 from jobs.cluster import SIGNAL_EARLY_S
 from jobs.exit_code import ExitCode
 from jobs.status import clock
@@ -511,18 +512,19 @@ def time_last_block(
 # What the run remembers of its failures
 
 
-def record_diagnosis(run: RunFolder, diagnosis: Diagnosis, *, job: str | None, step: int) -> None:
-    """Append the diagnosis of job `job`, whose newest checkpoint is of `step`, to the run's events."""
-    run.record_event("diagnosis", step=step, **{**asdict(diagnosis), "job": job})
+def record_diagnosis(run: RunFolder, diagnosis: Diagnosis, *, job: str | None, job_kind: JobKind, step: int) -> None:
+    """Append the diagnosis of job `job` to the run's events; `step` is how far jobs of its kind had come by then."""
+    run.record_event("diagnosis", step=step, job_kind=job_kind, **{**asdict(diagnosis), "job": job})
 
 
-def kinds_at_step(events: Iterable[Mapping[str, Any]], step: int) -> list[Kind]:
-    """The kinds of failures at this step so far. Running the file again is the user's word that they are mended."""
+def kinds_at_step(events: Iterable[Mapping[str, Any]], step: int, job_kind: JobKind) -> list[Kind]:
+    """The kinds of failures of such jobs at this step so far. Running the file again is the user's word that they are
+    mended."""
     kinds: list[Kind] = []
     for event in events:
         if event["event"] == "started_by_user":
             kinds = []
-        elif event["event"] == "diagnosis" and event["step"] == step:
+        elif event["event"] == "diagnosis" and (event["step"], event["job_kind"]) == (step, job_kind):
             kinds.append(event["kind"])
     return kinds
 

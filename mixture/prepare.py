@@ -191,8 +191,11 @@ def imported_names(tree: ast.Module) -> Iterator[str]:
 def tokenizer_identity(request: PreparationRequest) -> Any:
     """Digests of a local tokenizer's files, chat template included, or the hub id and revision."""
     folder = Path(request.tokenizer).expanduser()
-    if not folder.is_dir():
-        return [request.tokenizer, request.revision]
+    return text_file_digests(folder) if folder.is_dir() else [request.tokenizer, request.revision]
+
+
+def text_file_digests(folder: Path) -> dict[str, str]:
+    """Digests of the files beside a model's weights: tokenizer, chat templates, configs, code."""
     files = sorted(
         file
         for pattern in ("*", "additional_chat_templates/*")

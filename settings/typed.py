@@ -34,12 +34,14 @@ def build(
                     unknown_key(here, [name for name, item in fields.items() if not item.metadata.get("internal")]),
                 )
             )
-        elif dataclasses.is_dataclass(annotations[key]):
-            if value is not None and not isinstance(value, dict):
+        elif (section_class := section_of(annotations[key])) is not None:
+            if value is None and accepts_none(annotations[key]):
+                typed[key] = None
+            elif value is not None and not isinstance(value, dict):
                 message = f"{'.'.join(here)} is a section: put its keys below it, got {value!r}"
                 problems.append(Problem(tree.place(here), message))
             else:
-                typed[key] = build(typing.cast(type, annotations[key]), value or {}, here, tree, problems)
+                typed[key] = build(section_class, value or {}, here, tree, problems)
         else:
             try:
                 typed[key] = check_type(annotations[key], value)
@@ -47,11 +49,15 @@ def build(
                 problems.append(Problem(tree.place(here), f"{'.'.join(here)}: {error}"))
     required = [key for key, item in fields.items() if is_required(item)]
     for key in required:
-        if key not in values and dataclasses.is_dataclass(annotations[key]):
-            typed[key] = build(typing.cast(type, annotations[key]), {}, (*path, key), tree, problems)
+        section_class = section_of(annotations[key])
+        if key not in values and section_class is not None:
+            typed[key] = build(section_class, {}, (*path, key), tree, problems)
         elif key not in values:
             problems.append(Problem(tree.place(path), f"{'.'.join((*path, key))} is missing and has no default"))
     if any(typed.get(key) is None for key in required):
+        return None
+    # What a section says of a broken one below it would be guesswork; the whole file judges none of its sections.
+    if path and any(typed[key] is None and values[key] is not None for key in typed.keys() & values.keys()):
         return None
     try:
         section = config_class(**typed)
@@ -62,12 +68,22 @@ def build(
     return section if len(problems) == before else None
 
 
+def section_of(annotation: Any) -> type | None:
+    """The dataclass of a section, also of one that may be left out; None where the key holds a plain value."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    for candidate in typing.get_args(annotation) if is_union else (annotation,):
+        if dataclasses.is_dataclass(candidate):
+            return typing.cast(type, candidate)
+    return None
+
+
 def is_required(item: dataclasses.Field[Any]) -> bool:
     return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
 
 
 @cache
-def type_parser(annotation: Any) -> ArgumentParser:
+def type_parser(annotation: Any, spelling: str) -> ArgumentParser:
+    """A parser for one type. Unions are equal in any order, but the order decides, so it is part of the key."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=annotation)
     return parser
@@ -83,7 +99,7 @@ def check_type(annotation: Any, value: Any) -> Any:
     if value is None and not accepts_none(annotation):
         raise TypeError(f"expected {describe_type(annotation)}, got nothing")
     try:
-        parser = type_parser(annotation)
+        parser = type_parser(annotation, str(annotation))
         return parser.instantiate(parser.parse_object({"value": value})).value
     except ArgumentError:
         hint = "; quote it to make it a text" if accepts_text(annotation) and isinstance(value, int | float) else ""

@@ -7,17 +7,38 @@ from pathlib import Path
 
 import pytest
 
-from jobs.chain import Journal, ending_jobs, jobs_needed, jobs_to_submit
+from jobs.chain import ArrayShape, Journal, ending_jobs, jobs_needed, jobs_to_submit
 from training.run_folder import RunFolder
 
 
 def test_a_new_run_prepares_trains_each_block_and_evaluates() -> None:
-    assert jobs_needed(prepared=False, blocks_left=2, evaluated=False) == ["prepare", "block", "block", "evaluate"]
+    assert jobs_needed(prepared=False, captured=True, blocks_left=2, evaluated=False) == [
+        "prepare",
+        "block",
+        "block",
+        "evaluate",
+    ]
+
+
+def test_a_teacher_is_captured_between_preparation_and_training() -> None:
+    assert jobs_needed(prepared=False, captured=False, blocks_left=1, evaluated=False) == [
+        "prepare",
+        "capture",
+        "block",
+        "evaluate",
+    ]
+
+
+def test_only_the_capture_is_an_array(tmp_path: Path) -> None:
+    journal = Journal.open(RunFolder(tmp_path))
+    journal.plan(journal.plan_of(["prepare", "capture", "block"], "x", ArrayShape(tasks=3, gpus=2)))
+    assert [(job.tasks, job.gpus) for job in Journal.open(RunFolder(tmp_path)).jobs] == [(1, 1), (3, 2), (1, 1)]
+    assert journal.owns(journal.jobs[1].name)
 
 
 def test_prepared_data_and_finished_blocks_need_no_job() -> None:
-    assert jobs_needed(prepared=True, blocks_left=1, evaluated=False) == ["block", "evaluate"]
-    assert jobs_needed(prepared=True, blocks_left=0, evaluated=True) == []
+    assert jobs_needed(prepared=True, captured=True, blocks_left=1, evaluated=False) == ["block", "evaluate"]
+    assert jobs_needed(prepared=True, captured=True, blocks_left=0, evaluated=True) == []
 
 
 @pytest.mark.parametrize(
@@ -27,6 +48,10 @@ def test_prepared_data_and_finished_blocks_need_no_job() -> None:
         (["prepare", "block", "block", "evaluate"], ["prepare", "block"], ["block", "evaluate"]),
         (["block", "block", "evaluate"], [], ["block", "block", "evaluate"]),
         (["block", "evaluate"], ["block", "block", "evaluate"], []),
+        (["prepare", "capture", "block", "evaluate"], ["prepare"], ["capture", "block", "evaluate"]),
+        (["capture", "block", "evaluate"], ["capture", "block", "evaluate"], []),
+        # Blocks capture what is missing themselves.
+        (["capture", "block", "evaluate"], ["block", "evaluate"], []),
         # An evaluation in the queue would run before the blocks added behind it, so another one follows them.
         (["block", "block", "evaluate"], ["block", "evaluate"], ["block", "evaluate"]),
         (["block", "evaluate"], ["evaluate"], ["block", "evaluate"]),

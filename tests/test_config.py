@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.config import PROJECT, read_resolved_config, read_run_config, resolved_values
+from settings import typed
 from settings.typed import changed_keys
 from settings.yaml_tree import ConfigError, read_config_file
 
@@ -84,6 +85,12 @@ def test_the_yaml_of_the_requirements_is_read_as_written(tmp_path: Path) -> None
 def test_a_time_limit_needs_no_quotes_and_reads_as_sbatch_reads_it(tmp_path: Path, time: str, minutes: int) -> None:
     config = read_run_config(write(tmp_path, SMALLEST + f"slurm: {{time: {time}}}\n"))
     assert config.slurm.time_limit_minutes == minutes
+
+
+def test_a_time_limit_is_read_the_same_behind_a_key_that_prefers_numbers(tmp_path: Path) -> None:
+    typed.type_parser.cache_clear()
+    config = read_run_config(write(tmp_path, SMALLEST + "slurm: {gpu_id: 3, time: 12:00:00}\n"))
+    assert config.slurm.time_limit_minutes == 720
 
 
 def test_all_independent_problems_are_told_at_once_with_file_and_line(tmp_path: Path) -> None:

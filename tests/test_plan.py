@@ -13,7 +13,6 @@ from jobs.config import PROJECT
 from jobs.plan import count_parameters, plan_run
 from jobs.preflight import check_run
 from mixture.prepare import prepare
-from training.config import ModelConfig
 
 TEST_YAML = PROJECT / "configs/test.yaml"
 SHAPE = {
@@ -26,13 +25,13 @@ SHAPE = {
 def test_parameters_are_counted_as_the_model_has_them(tmp_path: Path, change: dict[str, object]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SHAPE | change))
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
-    assert count_parameters(ModelConfig(name=str(tmp_path))) == model.num_parameters()
+    assert count_parameters(str(tmp_path)) == model.num_parameters()
 
 
 def test_shapes_that_the_formula_does_not_cover_are_left_unknown(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SHAPE | {"num_local_experts": 8}))
-    assert count_parameters(ModelConfig(name=str(tmp_path))) is None
-    assert count_parameters(ModelConfig(name="organisation/on-the-hub")) is None
+    assert count_parameters(str(tmp_path)) is None
+    assert count_parameters("organisation/on-the-hub") is None
 
 
 def test_blocks_divide_the_horizon_and_share_one_learning_rate_curve(tmp_path: Path) -> None:

@@ -279,10 +279,10 @@ def test_two_faults_of_a_host_exclude_it_and_a_broken_gpu_does_at_once(tmp_path:
         ("node disk full", None), ("node lost", None), ("lost peer", "node3"),
     ]  # fmt: skip
     for kind, host in seen:
-        record_diagnosis(run, diagnosis(kind, host), job="7", step=10)
+        record_diagnosis(run, diagnosis(kind, host), job="7", job_kind="block", step=10)
     assert hosts_to_exclude(run.events()) == []
-    record_diagnosis(run, diagnosis("node disk full", "node1"), job="8", step=20)
-    record_diagnosis(run, diagnosis("GPU fault", "node4"), job="9", step=30)
+    record_diagnosis(run, diagnosis("node disk full", "node1"), job="8", job_kind="block", step=20)
+    record_diagnosis(run, diagnosis("GPU fault", "node4"), job="9", job_kind="block", step=30)
     run.record_event("started_by_user")
     assert hosts_to_exclude(run.events()) == ["node1", "node4"]
     assert [event["job"] for event in run.events()][:1] == ["7"]
@@ -291,10 +291,11 @@ def test_two_faults_of_a_host_exclude_it_and_a_broken_gpu_does_at_once(tmp_path:
 def test_failures_are_counted_by_step_until_the_user_runs_the_file_again(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     for step, kind in ((10, "lost peer"), (20, "lost peer"), (20, "GPU out of memory")):
-        record_diagnosis(run, diagnosis(kind), job=None, step=step)  # type: ignore[arg-type]
-    assert kinds_at_step(run.events(), 20) == ["lost peer", "GPU out of memory"]
+        record_diagnosis(run, diagnosis(kind), job=None, job_kind="block", step=step)  # type: ignore[arg-type]
+    assert kinds_at_step(run.events(), 20, "block") == ["lost peer", "GPU out of memory"]
+    assert kinds_at_step(run.events(), 20, "capture") == []
     run.record_event("started_by_user")
-    assert kinds_at_step(run.events(), 20) == []
+    assert kinds_at_step(run.events(), 20, "block") == []
 
 
 # Blocks that are too long for their time limit

@@ -7,6 +7,7 @@ chain.json      journal of submissions       checkpoints/   resume points
 evaluation.json scores of the last job       export/        the trained model
 DONE            the chain has finished       HALT           a job found an error that a retry cannot cure
 STOP            the user asked the chain to end
+CAPTURE         only the teacher's cache is wanted of the run so far
 """
 
 from __future__ import annotations
@@ -73,10 +74,14 @@ class RunFolder:
     def stop(self) -> Path:
         return self.path / "STOP"
 
+    @property
+    def capture_only(self) -> Path:
+        return self.path / "CAPTURE"
+
     def record_event(self, event: str, **details: Any) -> None:
         """Append one line to events.jsonl: time, job, what happened."""
         host = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
-        job = {"job": os.environ.get("SLURM_JOB_ID"), "host": host}
+        job = {"job": own_job_id(), "host": host}
         append_line(self.path / "events.jsonl", {"time": time.time(), "event": event, **job, **details})
 
     def record_metrics(self, **metrics: Any) -> None:
@@ -94,6 +99,15 @@ class RunFolder:
     def newest_metrics(self) -> list[dict[str, Any]]:
         """The last few hundred metrics, oldest first, whatever the length of the run."""
         return read_last_lines(self.path / "metrics.jsonl", max_bytes=NEWEST_METRICS_BYTES)
+
+
+def own_job_id() -> str | None:
+    """Slurm's id of the job that this process belongs to, as 12_3 for a task of an array; None outside of Slurm.
+
+    Slurm has a plain id for each task too, but that of the last one is the whole array's.
+    """
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:

@@ -1,0 +1,176 @@
+"""What a teacher's cache belongs to: the key that names its folder, and how much of it is there. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import xxhash
+
+from distilling.config import CacheConfig, TeacherModelConfig
+from mixture.prepare import text_file_digests
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT_VERSION = 1
+"""Raised whenever the same request gives other files, so that old caches are not taken for new."""
+
+WEIGHTS_SUFFIXES = (".safetensors", ".bin")
+SAMPLED_BLOCKS = 64
+BLOCK_BYTES = 64 << 10
+
+
+# --- the key
+
+
+def cache_key(teacher: TeacherModelConfig, cache: CacheConfig, *, data_key: str, seed: int) -> str:
+    """16 hex digits over all that shapes a cache: the teacher, the prepared data, and what is kept of each position."""
+    parts = {
+        "format": FORMAT_VERSION,
+        "teacher": teacher_identity(teacher),
+        "dtype": teacher.dtype,
+        "data": data_key,
+        "kind": cache.kind,
+        "k": cache.top_tokens,
+        "draws": cache.num_draws,
+        "temperatures": kept_temperatures(cache),
+        "keep_tokens": cache.keep_tokens,
+        "shard_tokens": cache.shard_tokens,
+        "seed": seed if cache.num_draws else None,
+    }
+    return xxhash.xxh3_64_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
+
+
+def kept_temperatures(cache: CacheConfig) -> list[float]:
+    """Temperatures that a cache keeps its sums at: 1, where the kept tokens are, and those that it is to be read at."""
+    return sorted({1.0, *cache.temperatures}) if cache.kind == "topk" else [1.0]
+
+
+def teacher_identity(teacher: TeacherModelConfig) -> Any:
+    """Digests of a local teacher's files, or the hub id and revision.
+
+    Of weights only samples are read, milliseconds for any size: training moves all of them, so it moves the samples.
+    """
+    folder = Path(teacher.name).expanduser()
+    if not folder.is_dir():
+        return [teacher.name, teacher.revision]
+    weights = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS_SUFFIXES)
+    return {**text_file_digests(folder), **{file.name: sampled_digest(file) for file in weights}}
+
+
+def teacher_digest(teacher: TeacherModelConfig) -> str:
+    """16 hex digits over `teacher_identity`."""
+    return xxhash.xxh3_64_hexdigest(orjson.dumps(teacher_identity(teacher), option=orjson.OPT_SORT_KEYS))
+
+
+def sampled_digest(path: Path) -> str:
+    """xxh3-128 of a weights file's size, its safetensors header, and evenly spaced blocks of it."""
+    size = path.stat().st_size
+    digest = xxhash.xxh3_128(size.to_bytes(8, "little"))
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            header_bytes = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(header_bytes, size)))
+        for block in range(SAMPLED_BLOCKS):
+            file.seek(max(size - BLOCK_BYTES, 0) * block // (SAMPLED_BLOCKS - 1))
+            digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+# --- what a cache was made of
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheIdentity:
+    """What a cache was made of; it serves only runs that are made of the same."""
+
+    teacher: str
+    """Name and revision, for messages: a teacher that was moved is the same one."""
+
+    teacher_digest: str
+    vocabulary_digest: str
+    """Of the tokenizer's map from tokens to ids."""
+
+    chat_template_digest: str
+    data_fingerprint: str
+
+    @classmethod
+    def of(
+        cls, teacher: TeacherModelConfig, tokenizer: PreTrainedTokenizerBase, *, data_fingerprint: str
+    ) -> CacheIdentity:
+        """The identity of a cache that this teacher makes of data that this tokenizer has made."""
+        vocabulary = orjson.dumps(tokenizer.get_vocab(), option=orjson.OPT_SORT_KEYS)
+        template = orjson.dumps(tokenizer.chat_template, option=orjson.OPT_SORT_KEYS)
+        return cls(
+            teacher=teacher.name if teacher.revision is None else f"{teacher.name} at {teacher.revision}",
+            teacher_digest=teacher_digest(teacher),
+            vocabulary_digest=xxhash.xxh3_64_hexdigest(vocabulary),
+            chat_template_digest=xxhash.xxh3_64_hexdigest(template),
+            data_fingerprint=data_fingerprint,
+        )
+
+    def differences(self, other: CacheIdentity) -> list[str]:
+        """What differs from another one, in words with both values, this one's first."""
+        mine, its = asdict(self), asdict(other)
+        words = {
+            "teacher_digest": "teacher",
+            "vocabulary_digest": "vocabulary of the tokenizer",
+            "chat_template_digest": "chat template",
+            "data_fingerprint": "prepared data",
+        }
+        found = []
+        for key, word in words.items():
+            if mine[key] != its[key]:
+                name, its_name = (f"{self.teacher} ", f"{other.teacher} ") if word == "teacher" else ("", "")
+                found.append(f"{word}: {name}({mine[key]}) and {its_name}({its[key]})")
+        return found
+
+
+# --- the folder
+
+
+def cache_folder(data_dir: Path, key: str) -> Path:
+    """Where the cache of a key lies."""
+    return data_dir / "teacher" / key
+
+
+def manifest_file(folder: Path) -> Path:
+    return folder / "manifest.json"
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.parquet"
+
+
+def done_file(folder: Path, shard: int) -> Path:
+    """The marker of a shard, written last: without it the shard does not exist."""
+    return folder / f"shard-{shard:05d}.done"
+
+
+@dataclass(frozen=True)
+class CaptureProgress:
+    """Shards of a cache that are there."""
+
+    done: int
+    total: int | None
+    """None where no capture has begun yet, so that nobody has counted them."""
+
+
+def capture_progress(folder: Path) -> CaptureProgress:
+    """How much of a cache is there, by its markers."""
+    try:
+        manifest = orjson.loads(manifest_file(folder).read_bytes())
+    except FileNotFoundError:
+        return CaptureProgress(done=0, total=None)
+    total = int(manifest["shards"])
+    present = {file.name for file in folder.glob("shard-*.done")}
+    return CaptureProgress(sum(done_file(folder, shard).name in present for shard in range(total)), total)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether all shards of a cache are there."""
+    progress = capture_progress(folder)
+    return progress.done == progress.total

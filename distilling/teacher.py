@@ -1,0 +1,91 @@
+"""The teacher, loaded to be asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distilling.config import TeacherModelConfig
+from training.attention import check_packable, register_varlen_attention
+from training.batches import Batch
+from training.config import ModelConfig
+from training.evaluation import to_device
+from training.losses import Head, LogitShape, check_logits, logit_shape, output_head
+from training.models import precision, where_tried
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen teacher and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    is_packable: bool
+    """Whether several samples may share a row of a batch."""
+
+    @property
+    def head(self) -> Head:
+        return output_head(self.model)
+
+    @property
+    def logit_shape(self) -> LogitShape:
+        return logit_shape(self.model)
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits that it gives, padding included."""
+        return int(self.head.weight.shape[0])
+
+    @torch.inference_mode()
+    def hidden_states(self, batch: Batch) -> torch.Tensor:
+        """What the head is given for each token of a batch (training/batches.py), [tokens, width]."""
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        if not self.is_packable:
+            assert len(batch["cu_seq_lens_q"]) == 2, "one sample at a time"
+            inputs = {"input_ids": batch["input_ids"]}
+        hidden_BTH = self.model.base_model(**to_device(inputs, self.model.device), use_cache=False)[0]
+        return hidden_BTH[0].to(self.head.weight.device)
+
+
+def load_teacher(config: TeacherModelConfig) -> Teacher:
+    """The teacher on this process's device, or spread over all of its GPUs where it sees several.
+
+    ValueError where there is none under that name, or its logits are more than a linear head, a scale and a cap.
+    """
+    register_varlen_attention()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            config.name,
+            revision=config.revision,
+            dtype=precision(ModelConfig(name=config.name, dtype=config.dtype)),
+            trust_remote_code=config.trust_remote_code,
+            device_map="auto" if torch.cuda.device_count() > 1 else None,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"distillation.teacher_model.name: no model with weights and tokenizer that can be read under "
+            f"{config.name!r}. {where_tried(config.name)}\n{error}"
+        ) from error
+    if torch.cuda.device_count() == 1:
+        model.to("cuda")
+    check_logits(model)
+    return Teacher(model.eval().requires_grad_(False), tokenizer, use_packing(model))
+
+
+def use_packing(model: PreTrainedModel) -> bool:
+    """Let samples share rows where the model's attention can keep them apart; returns whether it can."""
+    try:
+        check_packable(model)
+    except ValueError:
+        return False
+    model.set_attn_implementation("varlen")
+    return True
