@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from training.config import ModelConfig
+
 NUM_FEATURES = 3
 TARGET_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type` of the targets whose draft heads every engine serves, and whose embedding and head are plain."""
@@ -18,8 +20,8 @@ class Eagle3Config:
     """The EAGLE-3 trainer: a draft head for the model in `model:`, which stays frozen."""
 
     layers: list[int] | None = None
-    """The three target layers whose inputs the draft sees, counted from 0. Unset: 2, L // 2 and L - 3 of L layers,
-    which is what engines read; a target of fewer than 7 layers needs three of its own."""
+    """The three target layers whose inputs the draft sees, counted from 0; L of L layers is what the last one gives.
+    Unset: 2, L // 2 and L - 3, which is what engines read; a target of fewer than 7 layers needs three of its own."""
 
     steps: int = 7
     """Tokens that the draft learns to guess in a row, each on top of its own hidden states (training-time test)."""
@@ -90,6 +92,32 @@ def feature_layers(layers: Sequence[int] | None, *, depth: int) -> tuple[int, ..
             f"eagle3.layers: 2, L // 2 and L - 3 are not three rising layers of the target's {depth}; name three, for "
             "example [0, 1, 2]"
         )
-    if chosen[-1] >= depth:
-        raise ValueError(f"eagle3.layers: there is no layer {chosen[-1]}; the target has layers 0 to {depth - 1}")
+    if chosen[-1] > depth:
+        raise ValueError(
+            f"eagle3.layers: there is no layer {chosen[-1]}; the target has layers 0 to {depth - 1}, and {depth} "
+            "stands for what the last one gives"
+        )
     return chosen
+
+
+def check_family(model_type: str) -> None:
+    """Raise ValueError for a target of a family that no draft is made for."""
+    if model_type not in TARGET_FAMILIES:
+        raise ValueError(
+            f"model.name: a draft head is trained for {', '.join(TARGET_FAMILIES)} models; this is {model_type}"
+        )
+
+
+def target_problems(model: ModelConfig) -> list[str]:
+    """What keeps a model from being the target of a draft."""
+    problems = []
+    if model.from_scratch:
+        problems.append("model.from_scratch: the target of a draft needs trained weights")
+    if model.peft:
+        problems.append("model.peft: the target of a draft is frozen and its draft is trained in full; leave it out")
+    if model.tokenizer is not None:
+        problems.append(
+            f"model.tokenizer: the target is served with its own tokenizer and chat template, not those of "
+            f"{model.tokenizer}; leave it out"
+        )
+    return problems

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, PretrainedConfig, set_seed
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from drafting.attention import attend_to_guesses
-from drafting.config import NUM_FEATURES, TARGET_FAMILIES
+from drafting.config import NUM_FEATURES, check_family
 from drafting.loss import Teacher, UnrolledLoss, unrolled_cross_entropy
 from training.attention import varlen_attention
 
@@ -41,10 +41,7 @@ def draft_config(target: PretrainedConfig, *, draft_vocabulary: int) -> LlamaCon
 
     ValueError for a target whose family or rotary embedding the format cannot say.
     """
-    if target.model_type not in TARGET_FAMILIES:
-        raise ValueError(
-            f"model.name: a draft head is trained for {', '.join(TARGET_FAMILIES)} models; this is {target.model_type}"
-        )
+    check_family(target.model_type)
     rotation = dict(target.rope_parameters)
     if rotation.get("rope_type") not in _STATIC_ROTATIONS:
         raise ValueError(

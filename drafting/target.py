@@ -64,8 +64,9 @@ class Target:
         def keep(layer: int) -> Any:
             return lambda module, arguments: states.update({layer: arguments[0]})
 
-        decoder_layers = self.network.get_decoder().layers
-        hooks = [decoder_layers[layer].register_forward_pre_hook(keep(layer)) for layer in self.layers]
+        decoder = self.network.get_decoder()
+        modules = [*decoder.layers, decoder.norm]
+        hooks = [modules[layer].register_forward_pre_hook(keep(layer)) for layer in self.layers]
         try:
             yield states
         finally:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from distilling.config import DistillationConfig, TeacherModelConfig
+from drafting.config import Eagle3Config, target_problems
 from mixture.config import DatasetConfig
+from mixture.render import Objective
 from settings.typed import build, leaves
 from settings.yaml_tree import ConfigError, ConfigTree, Problem, read_config_file, read_overrides
 from training.arguments import OWNED_ARGUMENTS, training_argument_names
@@ -20,7 +22,7 @@ from training.config import EvaluationConfig, FinetuningConfig, ModelConfig, Tra
 PROJECT = Path(__file__).resolve().parent.parent
 """The folder with train.sh: relative paths to runs, data and dataset modules start here."""
 
-TrainerName = Literal["finetuning", "distillation"]
+TrainerName = Literal["finetuning", "distillation", "eagle3"]
 """Each trainer has a section of its name, which only its runs have."""
 
 SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key|credentials?)$", re.IGNORECASE)
@@ -174,6 +176,7 @@ class RunConfig:
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
     distillation: DistillationConfig | None = None
+    eagle3: Eagle3Config | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
@@ -203,9 +206,9 @@ class RunConfig:
         return TokenizerSource(name=source.name, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
     @property
-    def objective(self) -> Literal["sft", "pretrain"]:
+    def objective(self) -> Objective:
         """What the data is prepared for."""
-        return self.finetuning.objective if self.trainer == "finetuning" else "sft"
+        return self.finetuning.objective if self.trainer == "finetuning" else "mixed"
 
 
 def read_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -356,6 +359,8 @@ def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
                 problems.append(
                     Problem(tree.place(("model", key)), f"model.{key} is read only where model.peft is true")
                 )
+    if config.eagle3 is not None:
+        problems += [Problem(tree.place(("model",)), problem) for problem in target_problems(config.model)]
     if config.distillation is not None and config.distillation.from_teacher is not None:
         problems += contradictions_of_student(config.model, config.distillation.teacher_model, tree)
     return problems

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distilling.config import DistillationConfig
+from drafting.config import Eagle3Config, check_family, feature_layers
 from jobs.cluster import SilentControllerError, read_partitions
 from jobs.config import PROJECT, RunConfig, read_tree, run_config
-from jobs.distillation_checks import check_cache, check_distillation, find_cache, require_weights
+from jobs.distillation_checks import check_cache, check_distillation, find_cache, model_shape, require_weights
 from jobs.local import visible_devices
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile, check_module, resolve_module
@@ -119,6 +120,9 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
     if distillation is not None:
         model = replace(config.model, name=name or config.model.name, tokenizer=tokenizer)
         check_distillation(replace(config, model=model, distillation=distillation), collect)
+    if config.eagle3 is not None and name is not None:
+        collect("model.name", check_target_family, name)
+        collect("eagle3.layers", check_feature_layers, config.eagle3, name)
     if problems:
         raise ConfigError(problems)
 
@@ -332,6 +336,18 @@ def check_partition(wanted: str | None, limit_minutes: int | None) -> None:
             raise ValueError(
                 f"slurm.time is {limit_minutes} min, and {name} allows {longest} min (its jobs never start)"
             )
+
+
+def check_target_family(target: str) -> None:
+    """Raise ValueError for a local model that no draft head is trained for."""
+    if model_type := model_shape(target).get("model_type"):
+        check_family(model_type)
+
+
+def check_feature_layers(eagle3: Eagle3Config, target: str) -> None:
+    """Raise ValueError for layers that a local target does not have."""
+    if depth := model_shape(target).get("num_hidden_layers"):
+        feature_layers(eagle3.layers, depth=depth)
 
 
 def context_notes(config: RunConfig) -> list[str]:

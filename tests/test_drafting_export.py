@@ -130,3 +130,16 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="was not written by this kit"):
         exported(make_target(), tmp_path)
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_features_are_what_enters_the_layers_as_transformers_tells_it(family: str) -> None:
+    target = make_target(family, layers=(0, 2, 6))
+    ids = torch.randint(0, 50, (1, 9))
+    states = target.read(ids)
+    expected = target.network(input_ids=ids, output_hidden_states=True).hidden_states
+    assert torch.equal(states.features_1TF, torch.cat([expected[0], expected[2], expected[6]], dim=-1))
+    assert torch.equal(states.last_1TH, expected[7])
+    torch.testing.assert_close(target.logits(states.last_1TH), target.network(input_ids=ids).logits)
+    behind_the_last = make_target(family, layers=(0, 2, 7)).read(ids).features_1TF[..., -24:]
+    torch.testing.assert_close(target.network.get_decoder().norm(behind_the_last), expected[7])

@@ -183,8 +183,9 @@ def test_layers_that_do_not_rise_are_refused(layers: list[int]) -> None:
 
 
 def test_a_layer_that_the_target_does_not_have_is_refused() -> None:
-    with pytest.raises(ValueError, match="there is no layer 7; the target has layers 0 to 6"):
-        feature_layers([1, 2, 7], depth=7)
+    assert feature_layers([1, 2, 7], depth=7) == (1, 2, 7)
+    with pytest.raises(ValueError, match="there is no layer 8; the target has layers 0 to 6"):
+        feature_layers([1, 2, 8], depth=7)
 
 
 def test_steps_weigh_less_and_less_and_may_be_normalised() -> None:
