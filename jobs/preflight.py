@@ -121,7 +121,7 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
         model = replace(config.model, name=name or config.model.name, tokenizer=tokenizer)
         check_distillation(replace(config, model=model, distillation=distillation), collect)
     if config.eagle3 is not None and name is not None:
-        collect("model.name", check_target_family, name)
+        collect("model.name", check_target, name)
         collect("eagle3.layers", check_feature_layers, config.eagle3, name)
     if problems:
         raise ConfigError(problems)
@@ -338,10 +338,11 @@ def check_partition(wanted: str | None, limit_minutes: int | None) -> None:
             )
 
 
-def check_target_family(target: str) -> None:
-    """Raise ValueError for a local model that no draft head is trained for."""
+def check_target(target: str) -> None:
+    """Raise ValueError for a local model that no draft head can be trained for."""
     if model_type := model_shape(target).get("model_type"):
         check_family(model_type)
+    require_weights(target)
 
 
 def check_feature_layers(eagle3: Eagle3Config, target: str) -> None:
@@ -351,11 +352,16 @@ def check_feature_layers(eagle3: Eagle3Config, target: str) -> None:
 
 
 def context_notes(config: RunConfig) -> list[str]:
-    """A word where rows may be longer than the positions the model was made for."""
+    """A word where rows may be longer than the positions of the model, or shorter than those of a draft's target."""
     file = Path(config.model.name) / "config.json"
     if not file.is_file():
         return []
     positions = json.loads(file.read_text(encoding="utf-8")).get("max_position_embeddings")
+    if positions is not None and config.eagle3 is not None and config.dataset.max_length < positions:
+        return [
+            f"the draft learns from rows of up to {config.dataset.max_length} tokens and its target takes {positions}: "
+            "far beyond that length its guesses are worth less; raise dataset.max_length if it is served there"
+        ]
     if positions is None or config.dataset.max_length <= positions:
         return []
     return [f"dataset.max_length is {config.dataset.max_length}, and the model was made for {positions} positions"]

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
+from chat_tokenizers import CHATML, CHATML_WITH_GENERATION, LLAMA_3, MISTRAL, chat_tokenizer
 from drafting_models import target_config
 from transformers import AutoModelForCausalLM
 
 from drafting.acceptance import Acceptance, supervised_at_steps
 from drafting.decoding import ChainDrafter, Greedy, Limits, Sampling, decode_plainly, decode_with_draft
-from drafting.evaluation import Prompt, answer, divergences
+from drafting.evaluation import Prompt, answer, collate_for_draft, divergences
 from drafting.model import new_draft
 from drafting.target import Target
 from drafting.vocabulary import DraftVocabulary
+from mixture.formats import Sample
+from mixture.render import Renderer
+from mixture.shards import TokenRow
 from training.batches import IGNORED
 
 
@@ -48,6 +53,29 @@ def test_index_p_counts_at_step_i_exactly_where_token_p_plus_2_plus_i_is_supervi
         token = index + 2 + step
         expected = token < 10 and (index < 6) == (token < 6) and labels[token].item() != IGNORED
         assert mask[step, index].item() == expected, (step, index)
+
+
+@pytest.mark.parametrize("template", [LLAMA_3, CHATML, CHATML_WITH_GENERATION, MISTRAL])
+def test_a_first_guess_counts_exactly_where_the_assistant_speaks(template: str) -> None:
+    tokenizer = chat_tokenizer(template)
+    turns = [
+        ("user", "What is the capital?"),
+        ("assistant", "Paris."),
+        ("user", "And 1 + 1?"),
+        ("assistant", "It is 2."),
+    ]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    renderer = Renderer(tokenizer, objective="sft", max_length=200, over_length="drop")
+    (row,) = renderer.chats([Sample(id="a", source="s", content={"messages": messages})])
+    assert row is not None
+    batch = collate_for_draft([[TokenRow("a", *row, "s")]])
+    mask = supervised_at_steps(batch["labels"][0], batch["position_ids"][0], steps=3)
+    for step in range(3):
+        tokens = mask[step].nonzero().squeeze(1) + 2 + step
+        said = tokenizer.decode(batch["input_ids"][0, tokens])
+        assert [text.strip() for text in re.split(r"<\S+?>", said) if text.strip()] == ["Paris.", "It is 2."]
+        # The token that ends the turn is learned too.
+        assert len(re.findall(r"<\S+?>", said)) == 2
 
 
 # --- decoding

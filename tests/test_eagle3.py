@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +136,14 @@ def test_three_blocks_equal_one_uninterrupted_run_bit_for_bit(make_run: MakeRun)
         assert all(torch.equal(moments[number][name], expected_moments[number][name]) for name in moments[number])
 
 
+@pytest.fixture
+def first_block(make_run: MakeRun) -> Path:
+    """The folder of a run after the first of two blocks."""
+    run = make_run("first", training={"total_jobs": 2})
+    eagle3.train(run)
+    return run.folder.path
+
+
 def test_a_checkpoint_holds_the_trained_weights_of_the_draft_and_nothing_of_the_target(make_run: MakeRun) -> None:
     run = make_run("run")
     target = eagle3.build_target(run)
@@ -141,6 +153,19 @@ def test_a_checkpoint_holds_the_trained_weights_of_the_draft_and_nothing_of_the_
     assert weights.keys() == {name for name, _ in draft.named_parameters()}
     assert torch.equal(draft.lm_head.weight, target.head_VH[target.draft_ids_D])
     assert not torch.equal(weights["lm_head.weight"], draft.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"steps": 4}, {"decay": 0.5}, {"layers": [1, 2, 3]}, {"draft_vocabulary": 1999}, {"loss_mean": "all_tokens"}],
+)
+def test_a_resume_as_another_draft_is_refused(changes: dict[str, Any], make_run: MakeRun, first_block: Path) -> None:
+    run = make_run("run", training={"total_jobs": 2}, settings=changes)
+    shutil.copytree(first_block, run.folder.path, dirs_exist_ok=True)
+    with pytest.raises(
+        ValueError, match=r"objective: eagle3: .* or all of the section of its trainer|other target, draft"
+    ):
+        eagle3.train(run)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -165,6 +190,28 @@ def test_a_draft_trained_for_any_family_is_exported_as_it_is_and_decodes_what_th
     scores = eagle3.evaluate(run)
     assert scores["identical_greedy_answers"] == scores["decoded_prompts"] == 3 and scores["divergences"] == []
     assert scores["models"]["draft"].keys() == {"all", "told_sums"}
+
+
+def train_as_rank(rank: int, run: Eagle3Run) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    eagle3.train(run)
+    eagle3.evaluate(run)
+
+
+def test_two_ranks_see_the_losses_and_the_accepted_guesses_that_one_rank_sees(make_run: MakeRun) -> None:
+    one = make_run("one", training={"batch_size": 6})
+    two = make_run("two", training={"batch_size": 3})
+    eagle3.train(one)
+    eagle3.evaluate(one)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(train_as_rank, range(2), [two, two]))
+    for of_one, of_two in zip(one.folder.metrics(), two.folder.metrics(), strict=True):
+        for name in ("loss", "grad_norm", "acceptance_length"):
+            assert of_two[name] == pytest.approx(of_one[name], rel=1e-3), name
+    scores_of_one, scores_of_two = (json.loads(run.folder.evaluation.read_text()) for run in (one, two))
+    for name in ("loss", "tokens", "simulated_acceptance_length", "decoded_prompts", "identical_greedy_answers"):
+        assert scores_of_two[name] == pytest.approx(scores_of_one[name], rel=1e-2), name
 
 
 @pytest.fixture(scope="session")
