@@ -27,6 +27,7 @@ from training.run import BlockResult, FinetuningRun
 # torch and transformers take seconds to import, and a block with nothing left to do should not wait for them.
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from training.trainer import BlockTrainer
 
@@ -37,7 +38,7 @@ def train(run: FinetuningRun) -> BlockResult:
         run,
         build_trainer=lambda start: build_trainer(run, start),
         score_block=lambda trainer: held_out_scores(run, trainer, compute_loss),
-        export=lambda end: export_trained(run, build_model(run, end), end),
+        export=lambda end: export_trained(run, build_model(run, end), build_tokenizer(run), end),
     )
 
 
@@ -59,6 +60,13 @@ def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module
     return models.build_model(run.model, seed=run.seed, checkpoint=start.path if start else None)
 
 
+def build_tokenizer(run: FinetuningRun) -> PreTrainedTokenizerBase:
+    """The tokenizer that made the data."""
+    from training.models import load_tokenizer
+
+    return load_tokenizer(run.model)
+
+
 def compute_loss(model: torch.nn.Module, batch: dict[str, Any], num_items: torch.Tensor) -> torch.Tensor:
     """Cross entropy of the supervised tokens, summed over the batch and divided by `num_items`.
 
@@ -75,6 +83,6 @@ def evaluate(run: FinetuningRun) -> dict[str, Any]:
     ranks = Ranks.of_environment()
     checkpoint = checkpoint_to_evaluate(run, ranks)
     model = build_model(run, checkpoint).to(device_of_process())
-    result = scores_on_test_split(run, model, compute_loss, checkpoint, ranks)
+    result = scores_on_test_split(run, model, build_tokenizer(run), compute_loss, checkpoint, ranks)
     record_evaluation(run, result, ranks)
     return result

@@ -86,7 +86,7 @@ def mixer(work: Work) -> None:
     from mixture.scan import ScanSource, scan_sources
     from mixture.scatter import scatter
 
-    def keep(text: str, row: Any, sample: Any) -> str | None:
+    def keep(text: str, row: Any, read: Any) -> str | None:
         if not MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS:
             return "length"
         return None if len(text.split(None, MIN_WORDS - 1)) == MIN_WORDS else "few words"

@@ -3,6 +3,7 @@
 import re
 
 from mixture.hub import HubRows, HubSource
+from mixture.rationales import before
 
 SOURCE = HubSource(
     id="openai/gsm8k",
@@ -18,7 +19,13 @@ SOURCE = HubSource(
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
 
-get_custom_dataset = HubRows(SOURCE)
+def read_rows(rows):
+    """Rows as they are, with the reasoning marked: all that stands before `####`."""
+    for row in rows:
+        yield {**row, "rationale": before(row["answer"], "####")}
+
+
+get_custom_dataset = HubRows(SOURCE, read_rows)
 
 
 def score(prediction, row):

@@ -5,6 +5,7 @@ taken down on a claim of copyright; this one is a later copy.
 """
 
 from mixture.hub import HubRows, HubSource
+from mixture.rationales import before_boxed_answer
 
 SOURCE = HubSource(
     id="EleutherAI/hendrycks_math",
@@ -16,4 +17,11 @@ SOURCE = HubSource(
     format="problem/solution",
 )
 
-get_custom_dataset = HubRows(SOURCE)
+
+def read_rows(rows):
+    """Rows as they are, with the reasoning marked: all that stands before the sentence with the boxed answer."""
+    for row in rows:
+        yield {**row, "rationale": before_boxed_answer(row["solution"])}
+
+
+get_custom_dataset = HubRows(SOURCE, read_rows)

@@ -4,6 +4,7 @@ It holds problems of the training sets of GSM8K and MATH: mixed with those, dedu
 """
 
 from mixture.hub import HubRows, HubSource
+from mixture.rationales import before_boxed_answer
 
 SOURCE = HubSource(
     id="AI-MO/NuminaMath-CoT",
@@ -18,9 +19,10 @@ SOURCE = HubSource(
 
 
 def read_rows(rows):
-    """Rows with `messages` and the collection they are from."""
+    """Rows with `messages`, the collection they are from, and all before the boxed answer's sentence marked."""
     for row in rows:
-        yield {"messages": row["messages"], "collection": row["source"]}
+        rationale = before_boxed_answer(row["messages"][-1]["content"])
+        yield {"messages": row["messages"], "collection": row["source"], "rationale": rationale}
 
 
 get_custom_dataset = HubRows(SOURCE, read_rows)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,15 +33,15 @@ from distilling.cache import (
     sample_hash,
     write_shard,
 )
-from distilling.claims import Claim
+from distilling.claims import Claim, InterruptedShardError, work_on_shards
 from distilling.config import CacheConfig, TeacherModelConfig
 from distilling.identity import CacheIdentity, done_file, kept_temperatures
-from distilling.teacher import Teacher, load_teacher
+from distilling.teacher import Teacher, load_teacher, told_of_full_memory
 from mixture.prepare import PreparedData
 from mixture.shards import TokenRow, TokenRows
 from mixture.whole_files import remove_leftovers
 from training.batches import IGNORED, flat_batch
-from training.losses import _shape_logits, tokens_per_chunk
+from training.losses import shape_logits, tokens_per_chunk
 from training.models import stop_token_ids
 
 # Tensors are named by shape. N positions, V vocabulary, K most probable tokens, M tokens that are always kept,
@@ -69,10 +69,6 @@ class CaptureRequest:
     """Of the draws."""
 
 
-class _Interrupted(Exception):
-    """The worker was asked to stop, or its shard was taken over."""
-
-
 def capture(request: CaptureRequest, report: Report, *, stop_requested: StopRequested) -> bool:
     """Capture the shards that nobody has captured or is at. Any number of processes may do so side by side.
 
@@ -85,7 +81,7 @@ def capture(request: CaptureRequest, report: Report, *, stop_requested: StopRequ
     if found is not None and not unfinished(request.folder, found):
         return True
     prepared = open_prepared(request.prepared)
-    with told_of_full_memory():
+    with told_of_full_memory(lower="distillation.cache.batch_tokens"):
         teacher = load_teacher(request.teacher)
     manifest = agreed_manifest(request, teacher, prepared)
     rows = TokenRows.open(request.prepared, "train")
@@ -103,19 +99,6 @@ def open_prepared(folder: Path) -> PreparedData:
     if prepared is None:
         raise ValueError(f"{folder} holds no prepared data; the first job of the chain prepares it")
     return prepared
-
-
-@contextmanager
-def told_of_full_memory() -> Iterator[None]:
-    """What to do where the device has too little memory, as a ValueError."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            "the teacher does not fit into the memory of this device. Lower distillation.cache.batch_tokens, set "
-            "distillation.teacher_model.dtype: bfloat16, or give each task more GPUs (slurm.gpus_per_node): the "
-            f"teacher is spread over all that a task sees.\n{error}"
-        ) from error
 
 
 # --- what is captured
@@ -223,19 +206,13 @@ class Worker:
     def run(self) -> bool:
         """Whether the cache is complete at the end."""
         numbers = rows_by_shard(self.rows, self.manifest.shards)
-        for shard in unfinished(self.request.folder, self.manifest):
-            if self.stop_requested():
-                break
-            claim = Claim.take(done_file(self.request.folder, shard).with_suffix(".claim"))
-            if claim is None:
-                continue
-            try:
-                if not is_done(self.request.folder, shard):  # another worker may have finished it in between
-                    self.capture_shard(shard, numbers[shard], claim)
-            except _Interrupted:
-                continue
-            finally:
-                claim.release()
+        work_on_shards(
+            unfinished(self.request.folder, self.manifest),
+            lambda shard, claim: self.capture_shard(shard, numbers[shard], claim),
+            done_file=partial(done_file, self.request.folder),
+            is_done=partial(is_done, self.request.folder),
+            stop_requested=self.stop_requested,
+        )
         return not unfinished(self.request.folder, self.manifest)
 
     def capture_shard(self, shard: int, numbers: npt.NDArray[np.int64], claim: Claim) -> None:
@@ -255,8 +232,8 @@ class Worker:
         done = 0
         for batch in self.batches(numbers):
             if self.stop_requested() or not claim.is_held():
-                raise _Interrupted
-            with told_of_full_memory():
+                raise InterruptedShardError
+            with told_of_full_memory(lower="distillation.cache.batch_tokens"):
                 kept_rows = kept_of(self.teacher, batch, self.manifest)
             for row, kept in zip(batch, kept_rows, strict=True):
                 fidelity[row.source] = fidelity.get(row.source, Fidelity()) + fidelity_of(row, kept, self.manifest)
@@ -265,7 +242,7 @@ class Worker:
             self.tokens += sum(len(row.input_ids) for row in batch)
             self.tell(f"{what} ({done} of {len(numbers)} rows); shards", every_s=REPORT_EVERY_S)
         if not claim.is_held():
-            raise _Interrupted
+            raise InterruptedShardError
 
     def batches(self, numbers: list[int]) -> Iterator[list[TokenRow]]:
         """Rows of up to `batch_tokens` tokens together, in order; at least one."""
@@ -352,7 +329,7 @@ def reduced(
     chunks = []
     for start in range(0, max(len(labels_N), 1), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
-        logits_NV = _shape_logits(linear(hidden_NH[chunk], *head), teacher.logit_shape, torch.float32).float()
+        logits_NV = shape_logits(linear(hidden_NH[chunk], *head), teacher.logit_shape).float()
         chunks.append(reduce_logits(logits_NV, labels_N[chunk].to(device), uniforms_ND[chunk].to(device), manifest))
     parts = [torch.cat(tensors).cpu().numpy() for tensors in zip(*chunks, strict=True)]
     top, top_logp, label_logp, keep_logp, lse, log_tail, draws, draws_logp, num_draws = parts

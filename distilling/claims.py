@@ -1,4 +1,4 @@
-"""One worker for each shard: a claim file that is made exclusively, and taken over from a worker that is gone.
+"""Work in shards, a worker for each: a claim file is made exclusively, and taken over from a worker that is gone.
 
 A claim saves work and keeps no data safe: shards are renamed into place whole, so a shard that two workers write by
 mischance is only written twice.
@@ -8,11 +8,43 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import orjson
 
 from training.owner import HEARTBEAT_EVERY_S, OwnerFacts, heart_beats, read_ticket
+
+
+class InterruptedShardError(Exception):
+    """The worker was asked to stop, or its shard was taken over."""
+
+
+def work_on_shards(
+    shards: Iterable[int],
+    work: Callable[[int, Claim], None],
+    *,
+    done_file: Callable[[int], Path],
+    is_done: Callable[[int], bool],
+    stop_requested: Callable[[], bool],
+) -> None:
+    """Do the shards that nobody has done or is at, until none is left or the worker is asked to stop.
+
+    `work` looks at its claim and at `stop_requested` from time to time, and leaves by InterruptedShardError.
+    """
+    for shard in shards:
+        if stop_requested():
+            return
+        claim = Claim.take(done_file(shard).with_suffix(".claim"))
+        if claim is None:
+            continue
+        try:
+            if not is_done(shard):  # another worker may have finished it in between
+                work(shard, claim)
+        except InterruptedShardError:
+            continue
+        finally:
+            claim.release()
 
 
 class Claim:
@@ -52,9 +84,12 @@ class Claim:
 
     def beat(self) -> None:
         while not self.ended.wait(HEARTBEAT_EVERY_S):
-            if not self.is_held():
+            try:
+                if not self.is_held():
+                    return
+                os.utime(self.path)
+            except FileNotFoundError:  # released in between
                 return
-            os.utime(self.path)
 
     def is_held(self) -> bool:
         """Whether no other worker has taken the shard meanwhile."""

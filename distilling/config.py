@@ -104,6 +104,40 @@ class CacheConfig:
 
 
 @dataclass(kw_only=True, frozen=True)
+class AnswersConfig:
+    """How the teacher writes the answers of the training rows anew; read where `distillation.teacher` is `text`."""
+
+    max_new_tokens: int = 1024
+    """Longest answer. One that has come to no end by then, or at `dataset.max_length`, is unfinished."""
+
+    temperature: float = 0.0
+    """Of its sampling, from its whole distribution; 0 takes the most probable token each time."""
+
+    batch_size: int = 32
+    """Answers that are written side by side."""
+
+    shard_rows: int = 1024
+    """Rows that are answered as one piece: what one interruption can cost."""
+
+    tasks: int = 1
+    """Jobs that write side by side, one Slurm array; each takes the next shard that nobody has."""
+
+    keep_unfinished: bool = False
+    """Keep answers that come to no end, instead of dropping them and what would follow in the conversation."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"distillation.answers.{key} must be at least 1, got {getattr(self, key)}"
+            for key in ("max_new_tokens", "batch_size", "shard_rows", "tasks")
+            if getattr(self, key) < 1
+        ]
+        if self.temperature < 0:
+            problems.append(f"distillation.answers.temperature must not be negative, got {self.temperature}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+@dataclass(kw_only=True, frozen=True)
 class StudentConfig:
     """A student cut from the teacher, instead of a model of its own."""
 
@@ -196,9 +230,6 @@ class DistillationConfig:
     tail: Literal["bucket", "renormalised"] = "bucket"
     """What becomes of the mass outside a topk cache: one more class, or left out and the rest scaled up to 1."""
 
-    mask_rationale: bool = False
-    """Leave the tokens of rationales, as `metadata` marks them, out of the loss."""
-
     category_weights: dict[str, float] = field(default_factory=dict)
     """Weight of the tokens of each category or source of the mixture; 1 where it is not named."""
 
@@ -207,6 +238,9 @@ class DistillationConfig:
 
     cache: CacheConfig = field(default_factory=CacheConfig)
     """The teacher's cache."""
+
+    answers: AnswersConfig = field(default_factory=AnswersConfig)
+    """The answers that the teacher writes."""
 
     hidden_states: HiddenStatesConfig = field(default_factory=HiddenStatesConfig)
     """Matching of hidden states."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import xxhash
 
-from distilling.config import CacheConfig, TeacherModelConfig
+from distilling.config import AnswersConfig, CacheConfig, TeacherModelConfig
 from mixture.prepare import text_file_digests
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 """Raised whenever the same request gives other files, so that old caches are not taken for new."""
+
+ANSWERS_FORMAT_VERSION = 1
+"""The same for answers that a teacher writes."""
 
 WEIGHTS_SUFFIXES = (".safetensors", ".bin")
 SAMPLED_BLOCKS = 64
@@ -40,6 +43,21 @@ def cache_key(teacher: TeacherModelConfig, cache: CacheConfig, *, data_key: str,
         "keep_tokens": cache.keep_tokens,
         "shard_tokens": cache.shard_tokens,
         "seed": seed if cache.num_draws else None,
+    }
+    return xxhash.xxh3_64_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
+
+
+def answers_key(writer: TeacherModelConfig, answers: AnswersConfig, *, data_key: str, seed: int) -> str:
+    """16 hex digits over all that shapes the answers that a model writes: the model, the rows, and how it writes."""
+    parts = {
+        "format": ANSWERS_FORMAT_VERSION,
+        "writer": teacher_identity(writer),
+        "dtype": writer.dtype,
+        "data": data_key,
+        "max_new_tokens": answers.max_new_tokens,
+        "temperature": answers.temperature,
+        "keep_unfinished": answers.keep_unfinished,
+        "seed": seed if answers.temperature else None,
     }
     return xxhash.xxh3_64_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
 
@@ -135,6 +153,11 @@ class CacheIdentity:
 def cache_folder(data_dir: Path, key: str) -> Path:
     """Where the cache of a key lies."""
     return data_dir / "teacher" / key
+
+
+def answers_folder(data_dir: Path, key: str) -> Path:
+    """Where the answers of a key lie. Shards are told and counted as those of a cache."""
+    return data_dir / "answers" / key
 
 
 def manifest_file(folder: Path) -> Path:

@@ -22,11 +22,11 @@ class RowTargets:
 
     ids_NS: npt.NDArray[np.int32]
     log_probabilities_NS: npt.NDArray[np.float32]
-    """log p of each kept token, at the temperature that it is read at."""
+    """log p of each kept token, at the temperature that it is read at; -inf for filling, which stands for no token."""
 
     weights_NS: npt.NDArray[np.float32]
     """Weight of each token in the divergence: its probability where it is exact, its share of the draws where it was
-    drawn, 0 for filling and for an id that is listed twice."""
+    drawn, 0 for filling and for an id that is listed again."""
 
     log_tail_N: npt.NDArray[np.float32] | None
     """log of the mass outside of the kept tokens, as one more class; None where no class stands for it."""
@@ -54,10 +54,15 @@ class SparseTargets:
         tails = [row.log_tail_N for row in rows if row.log_tail_N is not None]
         return cls(
             torch.from_numpy(np.concatenate([widened(row.ids_NS, width) for row in rows]).astype(np.int64)),
-            torch.from_numpy(np.concatenate([widened(row.log_probabilities_NS, width) for row in rows])),
+            torch.from_numpy(np.concatenate([widened(row.log_probabilities_NS, width, -np.inf) for row in rows])),
             torch.from_numpy(np.concatenate([widened(row.weights_NS, width) for row in rows])),
             torch.from_numpy(np.concatenate(tails)) if has_tail else None,
         )
+
+    def rows(self, chosen: slice) -> SparseTargets:
+        """Those of some of the tokens."""
+        tail = None if self.log_tail_N is None else self.log_tail_N[chosen]
+        return SparseTargets(self.ids_NS[chosen], self.log_probabilities_NS[chosen], self.weights_NS[chosen], tail)
 
     def to(self, device: torch.device) -> SparseTargets:
         """The same targets on a device."""
@@ -70,6 +75,6 @@ class SparseTargets:
         )
 
 
-def widened(values_NS: npt.NDArray[np.generic], width: int) -> npt.NDArray[np.generic]:
-    """The same values with zeros behind, up to `width` columns."""
-    return np.pad(values_NS, ((0, 0), (0, width - values_NS.shape[1])))
+def widened(values_NS: npt.NDArray[np.generic], width: int, filling: float = 0) -> npt.NDArray[np.generic]:
+    """The same values with filling behind, up to `width` columns."""
+    return np.pad(values_NS, ((0, 0), (0, width - values_NS.shape[1])), constant_values=filling)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,8 +55,8 @@ class Teacher:
         return hidden_BTH[0].to(self.head.weight.device)
 
 
-def load_teacher(config: TeacherModelConfig) -> Teacher:
-    """The teacher on this process's device, or spread over all of its GPUs where it sees several.
+def load_teacher(config: TeacherModelConfig, device: torch.device | None = None) -> Teacher:
+    """The teacher on a device, or without one spread over all GPUs of this process, or on the CPU where it has none.
 
     ValueError where there is none under that name, or its logits are more than a linear head, a scale and a cap.
     """
@@ -68,15 +70,19 @@ def load_teacher(config: TeacherModelConfig) -> Teacher:
             revision=config.revision,
             dtype=precision(ModelConfig(name=config.name, dtype=config.dtype)),
             trust_remote_code=config.trust_remote_code,
-            device_map="auto" if torch.cuda.device_count() > 1 else None,
+            device_map="auto" if device is None and torch.cuda.is_available() else device,
         )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"distillation.teacher_model.name: no model with weights and tokenizer that can be read under "
             f"{config.name!r}. {where_tried(config.name)}\n{error}"
         ) from error
-    if torch.cuda.device_count() == 1:
-        model.to("cuda")
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"distillation.teacher_model: {config.name} does not fit into the memory of {device or 'all GPUs'}: "
+            f"{error}\nAsk for a larger or for more GPUs, or set distillation.teacher_model.dtype: bfloat16; beside a "
+            "student it needs more room than distillation.teacher: cache, which loads it alone"
+        ) from error
     check_logits(model)
     return Teacher(model.eval().requires_grad_(False), tokenizer, use_packing(model))
 
@@ -89,3 +95,16 @@ def use_packing(model: PreTrainedModel) -> bool:
         return False
     model.set_attn_implementation("varlen")
     return True
+
+
+@contextmanager
+def told_of_full_memory(*, lower: str) -> Iterator[None]:
+    """What to do where the device has too little memory, as a ValueError; `lower` is the key that helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"the teacher does not fit into the memory of this device. Lower {lower}, set "
+            "distillation.teacher_model.dtype: bfloat16, or give each task more GPUs (slurm.gpus_per_node): the "
+            f"teacher is spread over all that a task sees.\n{error}"
+        ) from error

@@ -63,6 +63,9 @@ def report_page(run: RunFolder) -> str:
         chart("Tokens per second", [Curve(series(metrics, "tokens_per_s"), "#2f6fde")], boundaries),
         chart("Gradient norm", [Curve(series(metrics, "grad_norm"), "#2f6fde")], boundaries),
     ]
+    if metrics and "divergence" in metrics[-1]:
+        parts = [Curve(series(metrics, "cross_entropy"), "#2f6fde"), Curve(series(metrics, "divergence"), "#d9541e")]
+        charts.insert(1, chart("Cross entropy (blue) and divergence from the teacher (red)", parts, boundaries))
     name = html.escape(run.path.name)
     return "\n".join(
         [

@@ -51,6 +51,10 @@ class DatasetConfig:
     packing: bool = True
     """Put several samples into one row of `max_length` tokens, without attention across samples."""
 
+    mask_rationale: bool = False
+    """Leave reasoning out of the loss and learn the answer alone, where samples mark it: `metadata.rationale`,
+    [[start, end], ...] in characters of the last answer."""
+
     shard_size_mb: int = 2048
     """Largest size of a Parquet shard of token rows, in MiB."""
 

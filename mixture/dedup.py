@@ -1,7 +1,8 @@
 """Exact duplicates across all sources, found by hash partitions in bounded memory, and the split by content.
 
-Files in the scan's folder, unique-KEY/: rows-NNNN.npy, the fingerprints of some chunks sorted by partition;
-dropped-NNNN.npy, ids of the duplicates in one partition; available.json, what is left, written last.
+Files in the scan's folder, unique-KEY/: NNNNNN.entries, the fingerprints of some chunks sorted by partition, and
+starts-NNNNNN.npy, where each partition begins; dropped-NNNN.npy, ids of the duplicates in one partition;
+available.json, what is left, written last.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from mixture.workers import Report, run_tasks
 
 ROWS_PER_PARTITION = 1 << 18
 """A partition, and the rows of the chunks that are partitioned together, are sorted in memory."""
+ENTRIES_PER_WRITE = 1 << 14
 
 RowIds = npt.NDArray[np.uint64]
 
@@ -183,7 +185,7 @@ def chunk_groups(scan: Scan) -> Iterator[list[Chunk]]:
 
 
 def entries_file(folder: Path, number: int) -> Path:
-    return folder / f"rows-{number:06d}.npy"
+    return folder / f"{number:06d}.entries"
 
 
 def starts_file(folder: Path, number: int) -> Path:
@@ -195,12 +197,20 @@ def partition_chunks(
 ) -> None:
     """Write the entries of some chunks, sorted by partition (the fingerprint's top bits) and then by row id."""
     number, chunks = task
-    entries = np.concatenate([entries_of(scan, selection, chunk) for chunk in chunks])
-    partitions = (entries["high"] >> np.uint64(64 - bits)).astype(np.int64) if bits else np.zeros(len(entries), int)
-    entries = entries[np.argsort(partitions, kind="stable")]
+    entries = np.empty(sum(scan.counts[chunk.number].kept for chunk in chunks), ENTRY)
+    count = 0
+    for chunk in chunks:
+        own = entries_of(scan, selection, chunk)
+        entries[count : count + len(own)] = own
+        count += len(own)
+    entries = entries[:count]
+    partitions = (entries["high"] >> np.uint64(64 - bits)).astype(np.int64) if bits else np.zeros(count, int)
+    order = np.argsort(partitions, kind="stable")
     starts = np.concatenate(([0], np.cumsum(np.bincount(partitions, minlength=1 << bits))))
     save_array(starts_file(folder, number), starts)
-    save_array(entries_file(folder, number), entries)
+    with whole_file(entries_file(folder, number)) as file:
+        for first in range(0, count, ENTRIES_PER_WRITE):
+            file.write(entries[order[first : first + ENTRIES_PER_WRITE]].tobytes())
 
 
 def entries_of(scan: Scan, selection: Selection, chunk: Chunk) -> Index:
@@ -215,26 +225,31 @@ def entries_of(scan: Scan, selection: Selection, chunk: Chunk) -> Index:
 
 def drop_in_partition(selection: Selection, folder: Path, groups: int, partition: int) -> None:
     """Write the sorted ids of the rows to drop in one partition."""
-    slices = []
-    for number in range(groups):
-        starts = np.load(starts_file(folder, number))
-        slices.append(np.load(entries_file(folder, number), mmap_mode="r")[starts[partition] : starts[partition + 1]])
-    entries = np.concatenate(slices)
+    bounds = [np.load(starts_file(folder, number))[partition : partition + 2].tolist() for number in range(groups)]
+    entries = np.empty(sum(end - start for start, end in bounds), ENTRY)
+    count = 0
+    for number, (start, end) in enumerate(bounds):
+        entries[count : count + end - start] = np.fromfile(
+            entries_file(folder, number), ENTRY, count=end - start, offset=start * ENTRY.itemsize
+        )
+        count += end - start
     save_array(folder / f"dropped-{partition:04d}.npy", np.sort(duplicate_ids(entries, selection)))
 
 
 def duplicate_ids(entries: Index, selection: Selection) -> RowIds:
     """Ids of all but the first of equal rows; where duplicates stay, of those in test that train has as well."""
     order = np.lexsort((entries["low"], entries["high"]))  # stable, so the lowest id of equal rows comes first
-    entries = entries[order]
-    is_first = np.ones(len(entries), np.bool_)
-    is_first[1:] = (entries["high"][1:] != entries["high"][:-1]) | (entries["low"][1:] != entries["low"][:-1])
+    is_first = np.zeros(len(entries), np.bool_)
+    is_first[:1] = True
+    for half in ("high", "low"):
+        values = entries[half][order]
+        is_first[1:] |= values[1:] != values[:-1]
     if selection.exact:
-        return entries["id"][~is_first]
-    in_test = selection.in_test(entries)
+        return entries["id"][order[~is_first]]
+    in_test = selection.in_test(entries)[order]
     runs = np.cumsum(is_first) - 1
     in_train_too = np.bincount(runs, weights=~in_test) > 0
-    return entries["id"][in_test & in_train_too[runs]] if len(entries) else entries["id"]
+    return entries["id"][order[in_test & in_train_too[runs]]] if len(entries) else entries["id"]
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:

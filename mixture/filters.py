@@ -13,7 +13,7 @@ from mixture.languages import compile_languages
 from mixture.licences import compile_licence_gate
 from mixture.quality import compile_quality
 from mixture.recipe import FilterConfig
-from mixture.scan import Keep
+from mixture.scan import Keep, Reader
 
 
 def compile_keep(filters: FilterConfig, *, source_licence: str | None = None) -> Keep:
@@ -23,11 +23,11 @@ def compile_keep(filters: FilterConfig, *, source_licence: str | None = None) ->
     """
     checks = tuple(check for make in CHECKS for check in make(filters, source_licence))
 
-    def keep(text: str, row: Row, content: Content) -> str | None:
+    def keep(text: str, row: Row, read: Reader) -> str | None:
         if not text or text.isspace():
             return "empty"
         for check in checks:
-            if reason := check(text, row, content):
+            if reason := check(text, row, read):
                 return reason
         return None
 
@@ -56,7 +56,7 @@ def length_checks(filters: FilterConfig, source_licence: str | None) -> list[Kee
 def character_bounds(fewest: int, most: int | None) -> Keep:
     """Characters of the text, both bounds included."""
 
-    def check(text: str, row: Row, content: Content) -> str | None:
+    def check(text: str, row: Row, read: Reader) -> str | None:
         if len(text) < fewest:
             return "too few characters"
         return "too many characters" if most is not None and len(text) > most else None
@@ -67,7 +67,7 @@ def character_bounds(fewest: int, most: int | None) -> Keep:
 def fewest_words(fewest: int) -> Keep:
     """At least so many words. Splitting stops where that is known."""
 
-    def check(text: str, row: Row, content: Content) -> str | None:
+    def check(text: str, row: Row, read: Reader) -> str | None:
         return "too few words" if len(text.split(None, fewest - 1)) < fewest else None
 
     return check
@@ -76,7 +76,7 @@ def fewest_words(fewest: int) -> Keep:
 def most_words(most: int) -> Keep:
     """At most so many words. Texts too short to hold more are not split."""
 
-    def check(text: str, row: Row, content: Content) -> str | None:
+    def check(text: str, row: Row, read: Reader) -> str | None:
         # One word more than `most` takes at least a character each and the spaces between them.
         return "too many words" if len(text) > 2 * most and len(text.split(None, most)) > most else None
 
@@ -89,8 +89,8 @@ def exchange_checks(filters: FilterConfig, source_licence: str | None) -> list[K
     if not fewest:
         return []
 
-    def check(text: str, row: Row, content: Content) -> str | None:
-        return "too few exchanges" if exchanges(content) < fewest else None
+    def check(text: str, row: Row, read: Reader) -> str | None:
+        return "too few exchanges" if exchanges(read(row)) < fewest else None
 
     return [check]
 
@@ -119,7 +119,7 @@ def licence_checks(filters: FilterConfig, source_licence: str | None) -> list[Ke
     if not filters.licences:
         return []
     refusal = compile_licence_gate(filters.licences, filters.missing_licence, source_licence=source_licence)
-    return [lambda text, row, content: refusal(row)]
+    return [lambda text, row, read: refusal(row)]
 
 
 def language_checks(filters: FilterConfig, source_licence: str | None) -> list[Keep]:
@@ -127,7 +127,7 @@ def language_checks(filters: FilterConfig, source_licence: str | None) -> list[K
     if not filters.languages:
         return []
     refusal = compile_languages(filters.languages)
-    return [lambda text, row, content: refusal(text)]
+    return [lambda text, row, read: refusal(text)]
 
 
 def quality_checks(filters: FilterConfig, source_licence: str | None) -> list[Keep]:
@@ -135,7 +135,7 @@ def quality_checks(filters: FilterConfig, source_licence: str | None) -> list[Ke
     if not filters.quality:
         return []
     refusal = compile_quality(filters.quality)
-    return [lambda text, row, content: refusal(text)]
+    return [lambda text, row, read: refusal(text)]
 
 
 CHECKS = (length_checks, exchange_checks, licence_checks, quality_checks, language_checks)

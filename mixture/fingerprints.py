@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_digest, xxh3_128_digest
 
-WHITESPACE = bytes([*range(9, 14), *range(28, 33)])
-"""What str.split takes as white space in ASCII."""
+WHITESPACE_RANGES = ((9, 5), (28, 5))
+"""What str.split takes as white space in ASCII: where each range begins, and how long it is."""
 WIDE_WHITESPACE = tuple(char.encode() for char in "\x85\xa0\u1680\u205f\u3000")
 """What str.split takes as white space beyond ASCII, but for what GENERAL_PUNCTUATION matches."""
 PUNCTUATION_START = b"\xe2\x80"
 GENERAL_PUNCTUATION = re.compile(PUNCTUATION_START + b"[\x80-\x8a\xa8\xa9\xaf]")
 """U+2000 to U+200A, U+2028, U+2029 and U+202F in UTF-8; curly quotes begin alike."""
+WHITESPACE = bytes(first + byte for first, count in WHITESPACE_RANGES for byte in range(count))
 LOWER_AND_SPACE = bytes(32 if byte in WHITESPACE else byte + 32 if 65 <= byte <= 90 else byte for byte in range(256))
-SPACE = 32
 BEYOND_ASCII = 128
 LONGER_CHARACTERS = np.array([0x80, 0x800, 0x10000], np.uint32)
 """The first characters that take two, three and four bytes of UTF-8."""
 CAPITAL_SIGMA = "\u03a3"
 """The one letter whose lower case depends on its neighbours."""
-NO_PROMPT = bytes(8)
+MARK, GONE = 254, 255
+"""Bytes that are in no UTF-8."""
+
+Sizes = npt.NDArray[np.int64]
 
 
 def normalised(text: str) -> str:
@@ -52,57 +55,53 @@ def fingerprints(texts: Sequence[str], prompt_characters: Sequence[int]) -> Fing
     All texts are normalised in one go over their bytes, several times faster than `normalised` on each. A prompt must
     be followed by white space or end its text.
     """
-    pieces = [text.encode() for text in texts]
-    prompts = prompt_sizes(texts, pieces, prompt_characters)
-    sizes = list(map(len, pieces))
-    text_bytes, prompt_bytes = np.array(sizes, np.int64), np.array(prompts, np.int64)
-    joined = lower_case(between_newlines(pieces))
-    if joined is None:
-        lower = [text.lower() for text in texts]
-        characters = [len(text[:count].lower()) for text, count in zip(texts, prompt_characters, strict=True)]
-        pieces = [text.encode() for text in lower]
-        prompts = prompt_sizes(lower, pieces, characters)
-        sizes = list(map(len, pieces))
-        joined = lower_case(between_newlines(pieces))
-        assert joined is not None, "lower case has no lower case of its own"
-    content, prompt = digests(joined, sizes, prompts)
+    pieces, text_bytes, prompt_bytes = encoded(texts, prompt_characters)
+    lower = lower_beyond_ascii(apart(pieces))
+    if lower is not None:
+        content, prompt = digests(lower, text_bytes, prompt_bytes)
+    else:
+        lower_prompts = [len(text[:count].lower()) for text, count in zip(texts, prompt_characters, strict=True)]
+        pieces, *sizes = encoded([text.lower() for text in texts], lower_prompts)
+        lower = lower_beyond_ascii(apart(pieces))
+        assert lower is not None, "lower case has no lower case of its own"
+        content, prompt = digests(lower, *sizes)
     return Fingerprints(content, prompt, text_bytes, prompt_bytes)
 
 
-def prompt_sizes(texts: Sequence[str], pieces: Sequence[bytes], prompt_characters: Sequence[int]) -> list[int]:
-    """UTF-8 bytes of the first characters of each text."""
-    return [
-        count if len(piece) == len(text) else len(text[:count].encode())
-        for text, piece, count in zip(texts, pieces, prompt_characters, strict=True)
-    ]
+def encoded(texts: Sequence[str], prompt_characters: Sequence[int]) -> tuple[list[bytes], Sizes, Sizes]:
+    """Texts in UTF-8, their bytes, and those of their prompts."""
+    pieces = list(map(str.encode, texts))
+    characters = np.fromiter(map(len, texts), np.int64, len(texts))
+    text_bytes = np.fromiter(map(len, pieces), np.int64, len(texts))
+    prompt_bytes = np.fromiter(prompt_characters, np.int64, len(texts))
+    for place in np.flatnonzero((text_bytes != characters) & (prompt_bytes > 0)).tolist():
+        prompt_bytes[place] = len(texts[place][: prompt_characters[place]].encode())
+    return pieces, text_bytes, prompt_bytes
 
 
-def between_newlines(pieces: Sequence[bytes]) -> bytes:
-    return b"\n".join([b"", *pieces, b""])
+def apart(pieces: Sequence[bytes]) -> bytes:
+    """Texts joined with room for the marks that `digests` sets."""
+    return b"\n%b\n\n" % b"\n\n\n".join(pieces)
 
 
-def lower_case(text: bytes) -> bytes | None:
-    """UTF-8 in lower case with spaces for all white space, every character as many bytes as before.
+def lower_beyond_ascii(text: bytes) -> bytes | None:
+    """UTF-8 with characters beyond ASCII in lower case, or spaces for white space; every one as many bytes as before.
 
     None where that cannot be: the lower case of some letters takes more bytes or fewer, or depends on what is beside.
     """
-    lower = text.translate(LOWER_AND_SPACE)
-    if lower.isascii():
-        return lower
-    letters = np.frombuffer(lower, np.uint8).copy()
+    letters = np.frombuffer(text, np.uint8)
     is_wide = letters >= BEYOND_ASCII
     wide = letters[is_wide].tobytes()
     wide_lower = wide_lower_case(wide)
-    if wide_lower is None:
-        return None
-    if wide_lower == wide:
-        return lower
+    if wide_lower is None or wide_lower == wide:
+        return None if wide_lower is None else text
+    letters = letters.copy()
     letters[is_wide] = np.frombuffer(wide_lower, np.uint8)
     return letters.tobytes()
 
 
 def wide_lower_case(wide: bytes) -> bytes | None:
-    """`lower_case` of characters beyond ASCII."""
+    """`lower_beyond_ascii` of these characters alone."""
     text = wide.decode()
     lower = text.lower()
     if lower != text:
@@ -120,29 +119,34 @@ def character_sizes(text: str) -> npt.NDArray[np.intp]:
     return np.searchsorted(LONGER_CHARACTERS, np.frombuffer(text.encode("utf-32-le"), np.uint32), side="right")
 
 
-def digests(
-    joined: bytes, sizes: Sequence[int], prompts: Sequence[int]
-) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """Digests of texts and their prompts, given as bytes with a space around each and only spaces as white space."""
-    bounds = np.empty((len(sizes), 2), np.int64)  # where each text begins, and what follows its prompt
-    bounds[:, 0] = 1 + np.cumsum([0, *sizes[:-1]]) + np.arange(len(sizes))
-    bounds[:, 1] = bounds[:, 0] + [size + 1 if size else 0 for size in prompts]
-    starts = np.append(bounds.ravel(), len(joined))
-    spaces = np.frombuffer(joined, np.uint8) == SPACE
+def digests(text: bytes, sizes: Sizes, prompts: Sizes) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Digests of texts and their prompts, which lie `apart`, in lower case but for ASCII.
+
+    A mark is set after each prompt and after each text; then one pass makes lower case and drops what white space is
+    repeated, and the marks tell what was where. A text without a prompt begins with a mark.
+    """
+    letters = np.frombuffer(text, np.uint8).copy()
+    starts = 1 + np.cumsum(sizes + 3) - (sizes + 3)
+    letters[starts + np.where(prompts > 0, prompts, -1)] = MARK
+    letters[starts + sizes + 1] = MARK
+    spaces = is_whitespace(letters)
     repeated = spaces[1:] & spaces[:-1]
-    places = np.flatnonzero(repeated)
-    if len(places):
-        kept = np.ones(len(joined), np.bool_)
-        np.logical_not(repeated, out=kept[1:])
-        joined = np.frombuffer(joined, np.uint8)[kept].tobytes()
-        starts = starts - np.searchsorted(places, starts - 1)
-    edges = starts.tolist()
-    content, prompt = [], []
-    for first, middle, last, size in zip(edges[0:-1:2], edges[1::2], edges[2::2], prompts, strict=True):
-        content.append(xxh3_128_digest(joined[first : last - 1]))
-        prompt.append(xxh3_64_digest(joined[first : middle - 1]) if size else NO_PROMPT)
-    return big_endian(content).reshape(-1, 2), big_endian(prompt)
+    letters[1:] |= np.negative(repeated.view(np.uint8))  # 255, which is GONE, or 0
+    parts = letters.tobytes().translate(LOWER_AND_SPACE, bytes([GONE])).split(bytes([MARK]))
+    before = list(map(bytes.strip, parts[0:-1:2]))
+    after = map(bytes.strip, parts[1::2])
+    whole = map(bytes.strip, map(b" ".join, zip(before, after, strict=True)))
+    content = big_endian(map(xxh3_128_digest, whole)).reshape(-1, 2)
+    return content, np.where(prompts > 0, big_endian(map(xxh3_64_digest, before)), np.uint64(0))
 
 
-def big_endian(digests: Sequence[bytes]) -> npt.NDArray[np.uint64]:
+def is_whitespace(letters: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Which bytes are white space in ASCII; bytes below a range wrap round to the far end."""
+    (first, count), (second, second_count) = WHITESPACE_RANGES
+    found = letters - np.uint8(first) < count
+    found |= letters - np.uint8(second) < second_count
+    return found
+
+
+def big_endian(digests: Iterable[bytes]) -> npt.NDArray[np.uint64]:
     return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)

@@ -77,6 +77,9 @@ class Format:
     also_reads: tuple[str, ...] = ()
     notes: Callable[[Row, Content], dict[str, Any]] | None = None
     """What else is worth keeping as metadata, such as how much was cut."""
+    is_text: bool = False
+    """Whether the columns of most rows hold text. Joined by newlines they are the plain text of such a row, and the
+    first of several is the prompt, where none of `also_reads` is there."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Candidate:
 
     format: Format
     other_columns: tuple[str, ...]
-    """Columns that the format does not read; plain values in them are kept as metadata."""
+    """Columns that the format does not read; plain values in them are kept as metadata, and spans of a rationale."""
 
 
 def canonical_sample(row: Row, *, source: str, row_id: str) -> Sample:
@@ -134,7 +137,7 @@ def canonical_parts(
     else:
         metadata = {}
         for name in candidate.other_columns:
-            if isinstance(value := row[name], PLAIN_TYPES):
+            if isinstance(value := row[name], PLAIN_TYPES) or (name == "rationale" and value is not None):
                 metadata[name] = value
         if row_format.notes is not None:
             metadata.update(row_format.notes(row, content))
@@ -163,6 +166,11 @@ def fitting(row: Row, format_name: str) -> Candidate:
         else:
             return candidate
     raise ValueError(unknown_format(row, format_name))
+
+
+def read_content(row: Row, format_name: str) -> Content:
+    """The content of a row's canonical sample; ValueError where it cannot be read."""
+    return fitting(row, format_name).format.read(row)
 
 
 @lru_cache(maxsize=4096)
@@ -367,22 +375,22 @@ SYSTEM = ("system", "system_prompt")
 FORMATS = (
     Format("tokenised", ("input_ids", "loss_mask"), read_token_mask),
     Format("tokenised", ("input_ids",), read_tokens, ("labels", "attention_mask")),
-    Format("preference", ("prompt", "chosen", "rejected"), read_preference),
+    Format("preference", ("prompt", "chosen", "rejected"), read_preference, is_text=True),
     Format("sharegpt preference", ("conversations", "chosen", "rejected"), read_sharegpt_preference, SYSTEM),
     Format("preference", ("chosen", "rejected"), read_implicit_preference),
     Format("messages", ("messages",), read_messages),
     Format("sharegpt", ("conversations",), read_sharegpt, SYSTEM, turns_cut),
-    Format("alpaca", ("instruction", "output"), read_alpaca, ("input", "history", *SYSTEM)),
-    Format("alpaca", ("instruction", "response"), read_alpaca_response, ("input", "history", *SYSTEM)),
-    Format("query/answer", ("query", "answer"), pair_reader("query", "answer"), SYSTEM),
-    Format("question/answer", ("question", "answer"), read_question_answer, SYSTEM, all_answers),
-    Format("question/response", ("question", "response"), pair_reader("question", "response"), SYSTEM),
-    Format("problem/solution", ("problem", "solution"), pair_reader("problem", "solution"), SYSTEM),
-    Format("prompt/completion", ("prompt", "completion"), read_prompt_completion),
-    Format("programming task", ("text", "code"), read_programming_task, ("test_list",)),
-    Format("programming task", ("prompt", "code"), read_programming_task, ("test_list",)),
-    Format("text", ("text",), read_text),
-    Format("text", ("content",), read_text_content),
+    Format("alpaca", ("instruction", "output"), read_alpaca, ("input", "history", *SYSTEM), is_text=True),
+    Format("alpaca", ("instruction", "response"), read_alpaca_response, ("input", "history", *SYSTEM), is_text=True),
+    Format("query/answer", ("query", "answer"), pair_reader("query", "answer"), SYSTEM, is_text=True),
+    Format("question/answer", ("question", "answer"), read_question_answer, SYSTEM, all_answers, is_text=True),
+    Format("question/response", ("question", "response"), pair_reader("question", "response"), SYSTEM, is_text=True),
+    Format("problem/solution", ("problem", "solution"), pair_reader("problem", "solution"), SYSTEM, is_text=True),
+    Format("prompt/completion", ("prompt", "completion"), read_prompt_completion, is_text=True),
+    Format("programming task", ("text", "code"), read_programming_task, ("test_list",), is_text=True),
+    Format("programming task", ("prompt", "code"), read_programming_task, ("test_list",), is_text=True),
+    Format("text", ("text",), read_text, is_text=True),
+    Format("text", ("content",), read_text_content, is_text=True),
     Format("prompt", ("prompt",), read_prompt),
 )
 """Known formats; the first that fits a row is taken, so the more specific ones come first."""

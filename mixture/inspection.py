@@ -104,6 +104,7 @@ def report_row(
         objective=request.objective,
         max_length=request.dataset.max_length,
         over_length=request.dataset.over_length,
+        mask_rationale=request.dataset.mask_rationale,
     )
     token_rows = renderer.token_rows([canonical_sample(row, source=source, row_id=row_id)])
     tokens = sum(len(token_row.input_ids) for token_row in token_rows)

@@ -54,7 +54,7 @@ class PreparationRequest:
     dataset: DatasetConfig
     module: ModuleFile | None = None
     mixture: Path | None = None
-    """Folder of a finished mixture, read instead of a module."""
+    """Folder of a finished mixture, read instead of a module; beside a module, instead of its training rows alone."""
     tokenizer: str
     revision: str | None = None
     trust_remote_code: bool = False
@@ -62,7 +62,7 @@ class PreparationRequest:
     seed: int
 
     def __post_init__(self) -> None:
-        if (self.module is None) == (self.mixture is None):
+        if self.module is None and self.mixture is None:
             raise ValueError("data is prepared from a dataset module or from a mixture: name one of them")
 
 
@@ -80,6 +80,8 @@ class SplitStats:
     """Rows left out, by reason."""
     longer_than_max_length: int
     """Samples over dataset.max_length, whatever the policy did with them."""
+    rationale_tokens: int
+    """Tokens of rationales that `dataset.mask_rationale` took out of the loss, those of dropped samples among them."""
     tokens: int
     loss_tokens: int
     """Tokens that count in the loss; the first token of a row never does."""
@@ -131,7 +133,7 @@ def data_key(request: PreparationRequest) -> str:
     parts = {
         "format": FORMAT_VERSION,
         "dataset": dataset,
-        "rows": module_identity(request.module) if request.module else mixture_identity(request.mixture),
+        "rows": rows_identity(request),
         "tokenizer": tokenizer_identity(request),
         "objective": request.objective,
         "seed": request.seed,
@@ -153,14 +155,20 @@ def named_digests(data_files: Any) -> Any:
     return [path.suffix, file_digest(path)]
 
 
+def rows_identity(request: PreparationRequest) -> Any:
+    """What the rows of a request are: those of its module, of its mixture, or of both."""
+    identities = [module_identity(request.module)] if request.module else []
+    identities += [mixture_identity(request.mixture)] if request.mixture else []
+    return identities[0] if len(identities) == 1 else identities
+
+
 def module_identity(module: ModuleFile) -> Any:
     """A module's name and the text of all that it is made of."""
     return [module.path.stem, module.function, module_digests(module.path)]
 
 
-def mixture_identity(mixture: Path | None) -> Any:
+def mixture_identity(mixture: Path) -> Any:
     """A mixture's key: its folder's name, or what its marker says where the folder has another name."""
-    assert mixture is not None
     if MIXTURE_KEY.fullmatch(mixture.name):
         return ["mixture", mixture.name]
     return ["mixture", orjson.loads(mixture_marker(mixture).read_bytes())["key"]]
@@ -277,9 +285,13 @@ def write_prepared(request: PreparationRequest, folder: Path, report: Report, wo
     dataset = request.dataset
     has_score = request.module is not None and score_function(request.module) is not None
     # All splits before any is written: a missing test split should not cost the time of writing the train split.
-    inputs = module_splits(request, folder, tokenizer, report) if request.module else mixture_splits(request)
+    inputs = input_splits(request, folder, tokenizer, report)
     renderer = Renderer(
-        tokenizer, objective=request.objective, max_length=dataset.max_length, over_length=dataset.over_length
+        tokenizer,
+        objective=request.objective,
+        max_length=dataset.max_length,
+        over_length=dataset.over_length,
+        mask_rationale=dataset.mask_rationale,
     )
     tokenising = Tokenising(renderer, dataset.tokenizer_backend, workers, report)
     splits: dict[str, SplitStats] = {}
@@ -351,7 +363,7 @@ class SplitWriter:
         kinds: Counter[str] = Counter()
         dropped: Counter[str] = Counter()
         sources: dict[str, SourceStats] = {}
-        samples = longer_than_max_length = 0
+        samples = longer_than_max_length = rationale_tokens = 0
         stage_starts = [0]
         stage = 0
         told = time.monotonic()
@@ -368,6 +380,7 @@ class SplitWriter:
                 kinds += batch.kinds
                 dropped += batch.dropped
                 longer_than_max_length += batch.longer_than_max_length
+                rationale_tokens += batch.rationale_tokens
                 self.never_ends_turns |= batch.never_ends_turns
                 for source, stats in batch.sources.items():
                     sources[source] = sources.get(source, NOTHING) + stats
@@ -378,6 +391,12 @@ class SplitWriter:
         samples += split.dropped.total()
         if not samples:
             raise ValueError(f"split {self.name}: {split} returned 0 rows")
+        if self.dataset.mask_rationale and self.name == "train" and not rationale_tokens:
+            raise ValueError(
+                f"dataset.mask_rationale: none of {samples} rows marks a rationale, so there is nothing to mask; leave "
+                "the key out, or have the dataset module return a column `rationale`, [[start, end], ...] in "
+                "characters of the answer"
+            )
         lengths = np.array(tokens.lengths, dtype=np.int32)
         if not len(lengths):
             raise ValueError(
@@ -398,12 +417,21 @@ class SplitWriter:
             rows=len(lengths),
             dropped=dict(dropped),
             longer_than_max_length=longer_than_max_length,
+            rationale_tokens=rationale_tokens,
             tokens=int(lengths.sum(dtype=np.int64)),
             loss_tokens=sum(stats.loss_tokens for stats in sources.values()),
             packs=len(packs),
             stages=packs.stages.tolist(),
             sources=sources,
         )
+
+
+def input_splits(request: PreparationRequest, folder: Path, tokenizer: Any, report: Report) -> dict[str, SplitInput]:
+    """The splits of a request; a module writes its rows to `folder` while they are read."""
+    if request.module is None:
+        return mixture_splits(request)
+    splits = module_splits(request, folder, tokenizer, report)
+    return splits if request.mixture is None else {**splits, "train": mixture_splits(request)["train"]}
 
 
 # --- rows of a dataset module
@@ -574,6 +602,8 @@ def summary(name: str, stats: SplitStats, dataset: DatasetConfig) -> Iterator[st
     filled = stats.tokens / (stats.packs * dataset.max_length)
     packed = f" in {stats.packs} packs, {filled:.1%} full" if dataset.packing else ""
     yield f"{name}: {stats.tokens} tokens, {stats.loss_tokens / stats.tokens:.0%} with loss{packed}"
+    if dataset.mask_rationale:
+        yield f"{name}: {stats.rationale_tokens} tokens of rationales left out of the loss"
     if len(stats.sources) > 1:
         for source, part in sorted(stats.sources.items(), key=lambda item: -item[1].tokens):
             yield (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
 from typing import Any, Literal
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 
 from mixture.formats import Message, Sample
+from mixture.rationales import marked_text, placed_spans, rationale_spans, shifted_by_breaks
 from mixture.shards import TokenRow
 from mixture.tokenizers import (
     MAKERS,
@@ -342,16 +343,19 @@ class Renderer:
         objective: Objective,
         max_length: int,
         over_length: OverLength | None,
+        mask_rationale: bool = False,
         backend: TokenizerBackend = "huggingface",
     ) -> None:
         self.tokenizer = tokenizer
         self.objective = objective
         self.max_length = max_length
         self.over_length = over_length or OVER_LENGTH_DEFAULT[objective]
+        self.mask_rationale = mask_rationale
         self.backend = backend
         self.encoders: dict[TokenizerBackend, EncodeBatch] = {}
         self.dropped: Counter[str] = Counter()
         self.longer_than_max_length = 0
+        self.rationale_tokens = 0
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -408,6 +412,8 @@ class Renderer:
             chosen = [index for index, sample in enumerate(samples) if kind in sample.content]
             for index, row in zip(chosen, render([samples[index] for index in chosen]), strict=True):
                 tokens[index] = row
+        if self.mask_rationale:
+            self.clear_rationales(samples, tokens)
         rows: list[TokenRow] = []
         for sample, pair in zip(samples, tokens, strict=True):
             if not sample.content.keys() & {"input_ids", "messages", "text"}:
@@ -507,8 +513,13 @@ class Renderer:
         if self.objective == "pretrain":
             encoded = self.encoded(texts)
             return [(encoded[row], np.ones(len(encoded[row]), np.bool_)) for row in range(len(chats))]
+        return self.masked_by_spans(chats)
+
+    def masked_by_spans(self, chats: Sequence[RenderedChat]) -> list[tuple[Ids, Mask]]:
+        """Ids of rendered texts, and which of them lie in their spans."""
         if self.byte_lengths is None:
             return self.masked_by_offsets(chats)
+        texts = [chat.text for chat in chats]
         encoded = self.encoded(texts)
         masks = self.byte_lengths.masks(encoded, texts, [chat.spans for chat in chats])
         inexact = iter(self.masked_by_offsets([chat for chat, mask in zip(chats, masks, strict=True) if mask is None]))
@@ -533,6 +544,65 @@ class Renderer:
             return None
         ids, mask = self.control_tokens.encoded(chat.text, chat.spans)
         return ids, np.ones(len(ids), np.bool_) if self.objective == "pretrain" else mask
+
+    def prompt_ids(self, messages: Sequence[Message]) -> Ids:
+        """Ids of a conversation up to where the assistant's next turn begins.
+
+        ValueError: there is no chat template, or, as RefusedByTemplateError, it refuses the conversation.
+        """
+        if not self.control_tokens.occur(messages):
+            return self.encoded([self.template.render(messages, add_generation_prompt=True)])[0]
+        broken = self.control_tokens.broken(messages)
+        return self.control_tokens.encoded(self.template.render(broken, add_generation_prompt=True), [])[0]
+
+    def clear_rationales(self, samples: Sequence[Sample], tokens: list[tuple[Ids, Mask] | None]) -> None:
+        """Take the loss off the tokens that lie inside a rationale; ValueError names the sample that has none there."""
+        for index, sample in enumerate(samples):
+            row = tokens[index]
+            if row is None or not (spans := rationale_spans(sample)):
+                continue
+            try:
+                inside = self.inside_rationale(sample, spans, len(row[0]))
+            except ValueError as error:
+                raise ValueError(f"sample {sample.id}: {error}") from error
+            ids, mask = row
+            self.rationale_tokens += int((mask & inside)[1:].sum())
+            tokens[index] = ids, mask & ~inside
+
+    def inside_rationale(self, sample: Sample, spans: Sequence[Span], num_tokens: int) -> Mask:
+        """The tokens of a sample that lie inside spans of its last answer or text."""
+        if "messages" in sample.content:
+            return self.inside_answer(sample, spans)
+        inside = self.inside_text(sample.content["text"], spans)
+        first = len(self.around_texts[0])
+        return np.pad(inside, (first, num_tokens - first - len(inside)))
+
+    def inside_answer(self, sample: Sample, spans: Sequence[Span]) -> Mask:
+        """The tokens of a conversation that lie inside spans of its last answer."""
+        has_control_tokens = self.control_tokens.occur(sample.content["messages"])
+        if has_control_tokens:
+            messages = self.control_tokens.broken(sample.content["messages"])
+            sample = replace(sample, content={"messages": messages})
+            spans = shifted_by_breaks(marked_text(sample), spans)
+        chat = self.template.rendered(sample.content["messages"])
+        placed = placed_spans(chat.text, chat.spans[-1], marked_text(sample), spans)
+        return self.inside(chat.text, placed, has_control_tokens)
+
+    def inside_text(self, text: str, spans: Sequence[Span]) -> Mask:
+        """The tokens of a plain text, without those that stand around it, that lie inside spans of it."""
+        turn: list[Message] = [{"role": "user", "content": text}]
+        has_control_tokens = self.control_tokens.occur(turn)
+        if has_control_tokens:
+            text = self.control_tokens.broken(turn)[0]["content"]
+            spans = shifted_by_breaks(text, spans)
+        return self.inside(text, spans, has_control_tokens)
+
+    def inside(self, text: str, spans: Sequence[Span], has_control_tokens: bool) -> Mask:
+        """The tokens of a rendered text that lie inside its spans; broken control tokens are read as plain text."""
+        if has_control_tokens:
+            return self.control_tokens.encoded(text, spans)[1]
+        ((_, inside),) = self.masked_by_spans([RenderedChat(text, list(spans))])
+        return inside
 
     def fitted(self, sample: Sample, ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_]) -> Iterable[TokenRow]:
         """The row, or its pieces by the over-length policy; rows without anything to learn are dropped and counted."""

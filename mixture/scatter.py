@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -30,7 +30,8 @@ from mixture.dedup import UniqueRows, save_array
 from mixture.formats import Content, canonical_row
 from mixture.mix import size
 from mixture.mixed_bits import mixed_bits
-from mixture.scan import Chunk, Index, flat, lines_of, turns_text
+from mixture.plain_text import flat, turns_text
+from mixture.scan import Chunk, Index, lines_of
 from mixture.whole_files import remove_leftovers, whole_file, write_whole
 from mixture.workers import Report, run_tasks
 
@@ -418,13 +419,17 @@ def scatter_chunk(order: Order, chunk: Chunk) -> None:
     sorting = np.lexsort((keys, groups))
     which, groups, keys = which[sorting], groups[sorting], keys[sorting]
     used, positions = np.unique(which, return_inverse=True)
-    lines = list(output_lines(order, chunk, rows[used]))
-    sizes = np.array([len(line) for line in lines], np.uint64)[positions]
+    data, bounds = bytearray(), [0]
+    for line in output_lines(order, chunk, rows[used]):
+        data += line
+        bounds.append(len(data))
+    starts, ends = np.array(bounds[:-1], np.uint64)[positions], np.array(bounds[1:], np.uint64)[positions]
+    sizes = ends - starts
     table = np.zeros((2, len(which) + 1), np.uint64)
     table[0, :-1] = keys
     np.cumsum(sizes, out=table[1, 1:])
     with whole_file(order.rows_file(chunk)) as file:
-        file.writelines(joined(lines, positions.tolist()))
+        file.writelines(joined(map(memoryview(data).__getitem__, map(slice, starts.tolist(), ends.tolist()))))
     save_array(order.table_file(chunk), table)
     counts = chunk_counts(order, chunk, groups, rows["characters"][which], sizes)
     write_whole(order.counts_file(chunk), orjson.dumps(counts))
@@ -565,13 +570,14 @@ def bucket(order: Order, group: int, first: int, end: int, rows: Counter[str]) -
             starts = written.starts[low : high + 1].tolist()
             lines += [written.data[begin:finish] for begin, finish in pairwise(starts)]
     if lines:
-        yield from joined(lines, np.argsort(np.concatenate(keys), kind="stable").tolist())
+        order_of_keys = np.argsort(np.concatenate(keys), kind="stable")
+        yield from joined(map(lines.__getitem__, order_of_keys.tolist()))
 
 
-def joined(lines: Sequence[bytes | memoryview], order: Sequence[int]) -> Iterator[bytes]:
-    """Lines in an order, some at a time, so that writing them takes few calls and little memory."""
-    for first in range(0, len(order), LINES_PER_WRITE):
-        yield b"".join([lines[number] for number in order[first : first + LINES_PER_WRITE]])
+def joined(lines: Iterator[memoryview]) -> Iterator[bytes]:
+    """Lines, some at a time, so that writing them takes few calls and little memory."""
+    while some := b"".join(islice(lines, LINES_PER_WRITE)):
+        yield some
 
 
 class HashedFile:

@@ -76,6 +76,7 @@ class TokenisedBatch:
     """Samples by what they hold: messages, text, input_ids."""
     dropped: Counter[str]
     longer_than_max_length: int
+    rationale_tokens: int
     never_ends_turns: bool
     sources: dict[str, SourceStats] = field(default_factory=dict)
 
@@ -100,6 +101,7 @@ def tokenised(renderer: Renderer, batch: LineBatch) -> TokenisedBatch:
     samples = read_samples(batch)
     renderer.dropped = Counter()
     renderer.longer_than_max_length = 0
+    renderer.rationale_tokens = 0
     rows = TokenBatch.of_rows(renderer.token_rows(samples))
     return TokenisedBatch(
         rows=rows,
@@ -108,6 +110,7 @@ def tokenised(renderer: Renderer, batch: LineBatch) -> TokenisedBatch:
         kinds=Counter(next(iter(sample.content)) for sample in samples),
         dropped=renderer.dropped,
         longer_than_max_length=renderer.longer_than_max_length,
+        rationale_tokens=renderer.rationale_tokens,
         never_ends_turns=renderer.never_ends_turns,
         sources=source_stats(samples, rows),
     )
@@ -119,11 +122,16 @@ def backend_for(renderer: Renderer, wanted: TokenizerBackend, batches: Sequence[
 
 
 def read_samples(batch: LineBatch) -> list[Sample]:
-    """The samples of a batch, without their metadata."""
+    """The samples of a batch."""
     try:
         rows = [orjson.loads(line) for line in batch.lines]
         return [
-            Sample(id=row["id"], source=row["source"], content={key: row[key] for key in CONTENT_KEYS if key in row})
+            Sample(
+                id=row["id"],
+                source=row["source"],
+                content={key: row[key] for key in CONTENT_KEYS if key in row},
+                metadata=row.get("metadata") or {},
+            )
             for row in rows
         ]
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from distilling.config import DistillationConfig, TeacherModelConfig
+from distilling.run import DistillationRun
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparationRequest, PreparedData, prepare
@@ -39,6 +42,7 @@ def score(prediction, row):
 '''
 
 MakeRun = Callable[..., FinetuningRun]
+MakeDistillation = Callable[..., DistillationRun]
 
 
 @pytest.fixture(scope="session")
@@ -82,23 +86,81 @@ def prepared_sums(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, su
 @pytest.fixture
 def make_run(tmp_path: Path, tiny_model: Path, sums_module: ModuleFile, prepared_sums: PreparedData) -> MakeRun:
     """make_run("name", model={...}, training={...}): a run in its own folder, with these keys set."""
+    return partial(run_on_sums, tmp_path, tiny_model, sums_module, prepared_sums)
+
+
+def run_on_sums(
+    folder: Path,
+    tiny_model: Path,
+    sums_module: ModuleFile,
+    prepared_sums: PreparedData,
+    name: str,
+    *,
+    model: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+) -> FinetuningRun:
+    run = RunFolder(folder / name)
+    run.path.mkdir(exist_ok=True)
+    default_training = {"lr": 1e-2, "batch_size": 2, "arguments": {"report_to": "none"}}
+    return FinetuningRun(
+        folder=run,
+        prepared=prepared_sums.folder,
+        module=sums_module,
+        seed=1,
+        dataset=DatasetConfig(name="sums", max_length=128),
+        model=ModelConfig(**{"name": str(tiny_model), "from_scratch": True, **(model or {})}),
+        training=TrainingConfig(**{**default_training, **(training or {})}),
+        finetuning=FinetuningConfig(),
+        evaluation=EvaluationConfig(limit=4, max_new_tokens=8),
+    )
+
+
+HALF_WIDTH = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
+
+
+@pytest.fixture(scope="session")
+def teacher(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, sums_module: ModuleFile, prepared_sums: PreparedData
+) -> Path:
+    """The tiny model, after it has learned something."""
+    import finetuning
+
+    folder = tmp_path_factory.mktemp("teacher")
+    run = run_on_sums(folder, tiny_model, sums_module, prepared_sums, "teacher", training={"epochs_per_job": 4})
+    finetuning.train(run)
+    return run.folder.export
+
+
+@pytest.fixture
+def student(tmp_path: Path, tiny_model: Path) -> Path:
+    """A config of half the teacher's width, without weights."""
+    folder = tmp_path / "student"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | HALF_WIDTH))
+    return folder
+
+
+@pytest.fixture
+def make_distillation(make_run: MakeRun, teacher: Path, student: Path, tmp_path: Path) -> MakeDistillation:
+    """make_distillation("name", teacher="live", training={...}): a run that learns the sums from the tiny teacher."""
 
     def make(
-        name: str, *, model: dict[str, Any] | None = None, training: dict[str, Any] | None = None
-    ) -> FinetuningRun:
-        folder = RunFolder(tmp_path / name)
-        folder.path.mkdir(exist_ok=True)
-        default_training = {"lr": 1e-2, "batch_size": 2, "arguments": {"report_to": "none"}}
-        return FinetuningRun(
-            folder=folder,
-            prepared=prepared_sums.folder,
-            module=sums_module,
-            seed=1,
-            dataset=DatasetConfig(name="sums", max_length=128),
-            model=ModelConfig(**{"name": str(tiny_model), "from_scratch": True, **(model or {})}),
-            training=TrainingConfig(**{**default_training, **(training or {})}),
-            finetuning=FinetuningConfig(),
-            evaluation=EvaluationConfig(limit=4, max_new_tokens=8),
-        )
+        name: str, *, model: dict[str, Any] | None = None, training: dict[str, Any] | None = None, **settings: Any
+    ) -> DistillationRun:
+        keys = {"name": str(student), "from_scratch": "from_teacher" not in settings, **(model or {})}
+        plain = make_run(name, model=keys, training=training)
+        values = {name: getattr(plain, name) for name in plain.__dataclass_fields__ if name != "finetuning"}
+        model_config = TeacherModelConfig(name=str(teacher))
+        config = DistillationConfig(**{"teacher": "live", "teacher_model": model_config, **settings})
+        cache = tmp_path / f"cache-{config.cache.kind}-{config.cache.k}" if config.teacher == "cache" else None
+        if cache is not None:
+            from distilling.capture import CaptureRequest, capture
+
+            request = CaptureRequest(
+                prepared=plain.prepared, teacher=model_config, cache=config.cache, folder=cache, seed=plain.seed
+            )
+            assert capture(request, lambda line: None, stop_requested=lambda: False)
+        return DistillationRun(**values, distillation=config, cache=cache)
 
     return make

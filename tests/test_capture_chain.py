@@ -94,8 +94,10 @@ def start_run(folder: Path, teacher: Path, **options: int) -> tuple[RunFolder, P
     return launch.open_capture_folder(checked, plan_run(checked).data_key, print), cache
 
 
-def start_capture(run: RunFolder) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PYTHONPATH": str(run.code)}
+def start_capture(run: RunFolder, *, rank: int = 0) -> subprocess.Popen[bytes]:
+    """One process of a capture job that runs here."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    environment = os.environ | {"PYTHONPATH": str(run.code)} | ranks
     return subprocess.Popen([sys.executable, "-m", "jobs.job", "capture", str(run.path)], cwd=run.code, env=environment)
 
 
@@ -119,7 +121,7 @@ def test_two_workers_finish_what_one_that_is_ended_half_way_began_and_it_is_the_
     assert done >= 2 and not is_complete(cache)
     kept = {file.name: file.stat().st_mtime_ns for file in cache.glob("*.done")}
 
-    workers = [start_capture(run) for _ in range(2)]
+    workers = [start_capture(run, rank=rank) for rank in range(2)]
     assert [worker.wait(timeout=120) for worker in workers] == [ExitCode.DONE] * 2
     assert is_complete(cache)
     assert {name: (cache / name).stat().st_mtime_ns for name in kept} == kept

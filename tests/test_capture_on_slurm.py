@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
 from tiny_chains import folders, queued_names, train_sh
 from tiny_teachers import TEST_YAML, make_teacher, taught_by
@@ -49,6 +50,8 @@ def options(folder: Path, teacher: Path, *overrides: str) -> list[str]:
         "3",
         "--slurm.mem",
         "1000M",
+        "--training.total_jobs",
+        "2",
         *overrides,
     ]
 
@@ -105,6 +108,12 @@ def test_an_array_shares_the_shards_and_makes_up_for_tasks_that_are_killed_or_pr
     assert shown == {f"{array.id}_0": "done", f"{array.id}_1": "failed", f"{array.id}_2": "done"}
     assert not run.halt.exists()
     assert "the teacher's cache is complete" in train_sh(*arguments).stdout
+
+    answer = train_sh("run", *arguments[1:])  # the rest of the chain: blocks that learn from it, and their evaluation
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    wait_until(run.done.exists, seconds=240)
+    assert [job.kind for job in Journal.open(run).jobs] == ["prepare", "capture", "block", "block", "evaluate"]
+    assert set(orjson.loads(run.evaluation.read_bytes())["models"]) == {"teacher", "student", "student before"}
 
 
 def submitted_array(slurm: SlurmCluster, run: RunFolder) -> list[str]:

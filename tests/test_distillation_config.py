@@ -43,7 +43,7 @@ def test_a_distillation_run_needs_only_a_teacher_beside_what_every_run_needs(tmp
     assert config.distillation is not None
     assert config.distillation.teacher == "cache"
     assert config.distillation.temperature == 2
-    assert config.objective == "sft"
+    assert config.objective == "mixed"
 
 
 def test_a_distillation_run_without_a_section_lacks_its_teacher(tmp_path: Path) -> None:

@@ -13,14 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import distillation
 import finetuning
+from distilling.config import CacheConfig
+from distilling.run import DistillationRun
 from training.checkpoints import newest_valid
 from training.config import LoraConfig
 from training.distributed import Ranks, agree_on_any, failing_together, from_main, join_ranks, tasks_on_node
 from training.ledger import Ledger
-from training.run import FinetuningRun
+from training.run import FinetuningRun, TrainerRun
 
 MakeRun = Callable[..., FinetuningRun]
+MakeDistillation = Callable[..., DistillationRun]
 
 
 OnThreeRanks = Callable[..., list[object]]
@@ -116,6 +120,29 @@ def test_three_ranks_resume_exactly_and_see_the_loss_that_one_rank_sees(
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
+def distil_all(runs: list[DistillationRun]) -> None:
+    for run in runs:
+        while not distillation.train(run).finished:
+            pass
+
+
+def test_three_ranks_distil_exactly_and_see_the_loss_that_one_rank_sees(
+    on_three_ranks: OnThreeRanks, make_distillation: MakeDistillation
+) -> None:
+    training = {"lr": 1e-3, "batch_size": 2, "log_every": 1}
+    cached = {"teacher": "cache", "cache": CacheConfig(k=8)}
+    one_rank = make_distillation("one-rank", **cached, training={**training, "batch_size": 6, "epochs_per_job": 2})
+    whole = make_distillation("whole", **cached, training={**training, "epochs_per_job": 2})
+    chain = make_distillation("chain", **cached, training={**training, "total_jobs": 2})
+    distil_all([one_rank])
+    on_three_ranks(distil_all, [chain, whole])
+
+    assert_same_weights(chain, whole)
+    for line_of_one, line_of_three in zip(one_rank.folder.metrics(), whole.folder.metrics(), strict=True):
+        for part in ("loss", "cross_entropy", "divergence"):
+            assert line_of_three[part] == pytest.approx(line_of_one[part], rel=1e-4)
+
+
 def test_a_chain_begun_on_three_ranks_is_not_resumed_on_one(on_three_ranks: OnThreeRanks, make_run: MakeRun) -> None:
     run = make_run("run", training={"batch_size": 2, "total_jobs": 2})
     on_three_ranks(finetuning.train, run)
@@ -123,7 +150,7 @@ def test_a_chain_begun_on_three_ranks_is_not_resumed_on_one(on_three_ranks: OnTh
         finetuning.train(replace(run, training=replace(run.training, batch_size=6)))
 
 
-def assert_same_weights(one: FinetuningRun, other: FinetuningRun) -> None:
+def assert_same_weights(one: TrainerRun, other: TrainerRun) -> None:
     weights = []
     for run in (one, other):
         checkpoint, _ = newest_valid(run.folder.checkpoints)

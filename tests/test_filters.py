@@ -18,7 +18,7 @@ needs_detector = pytest.mark.skipif(
 
 
 def reason(filters: FilterConfig, text: str, row: dict[str, Any] | None = None) -> str | None:
-    return compile_keep(filters)(text, row or {}, {"text": text})
+    return compile_keep(filters)(text, row or {}, lambda row: {"text": text})
 
 
 def turns(*roles: str) -> list[dict[str, str]]:
@@ -78,16 +78,16 @@ def test_rows_are_dropped_with_the_first_reason_that_holds(
 )
 def test_an_exchange_is_a_question_with_its_answer(content: dict[str, Any], count: int) -> None:
     assert exchanges(content) == count
-    assert compile_keep(FilterConfig(min_exchanges=count))("x", {}, content) is None
-    assert compile_keep(FilterConfig(min_exchanges=count + 1))("x", {}, content) == "too few exchanges"
+    assert compile_keep(FilterConfig(min_exchanges=count))("x", {}, lambda row: content) is None
+    assert compile_keep(FilterConfig(min_exchanges=count + 1))("x", {}, lambda row: content) == "too few exchanges"
 
 
 def test_licences_are_looked_up_in_the_row_then_in_its_source() -> None:
     filters = FilterConfig(licences=["mit", "Apache 2.0"])
     keep = compile_keep(filters, source_licence="apache-2.0")
-    assert keep("x", {"license": "GPLv3"}, {"text": "x"}) == "licence not allowed: gpl-3.0"
-    assert keep("x", {}, {"text": "x"}) is None
-    assert compile_keep(filters)("x", {}, {"text": "x"}) == "licence missing"
+    assert keep("x", {"license": "GPLv3"}, lambda row: {"text": "x"}) == "licence not allowed: gpl-3.0"
+    assert keep("x", {}, lambda row: {"text": "x"}) is None
+    assert compile_keep(filters)("x", {}, lambda row: {"text": "x"}) == "licence missing"
     assert reason(FilterConfig(), "x", {"license": "GPLv3"}) is None, "without an allowlist every licence passes"
 
 

@@ -53,6 +53,10 @@ def test_the_readme_is_short_and_every_command_in_it_has_a_test() -> None:
         "./train.sh resume gsm8k",
         "./train.sh extend gsm8k --jobs 2 --lr-policy rewarm",
         "./train.sh doctor configs/gsm8k.yaml",  # test_the_doctor_looks_at_this_machine
+        "./train.sh configs/distillation_test.yaml",  # test_the_model_of_the_first_command_teaches_another
+        "./train.sh plan configs/distillation.yaml",  # test_a_teacher_is_planned_for_examined_and_captured
+        "./train.sh doctor configs/distillation.yaml",
+        "./train.sh capture configs/distillation.yaml",
         "./train.sh drill configs/test.yaml",  # tests/test_drill.py
         "./train.sh FILE",  # placeholders of the verbs tested below
         "./train.sh check FILE",
@@ -68,6 +72,22 @@ def test_the_first_command_trains(copy: Path) -> None:
     answer = run(copy, "./train.sh configs/test.yaml")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert (copy / "runs/test/DONE").exists()
+
+
+def test_the_model_of_the_first_command_teaches_another(copy: Path) -> None:
+    answer = run(copy, "./train.sh configs/distillation_test.yaml", "--training.epochs_per_job", "1")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert (copy / "runs/distillation_test/DONE").exists()
+    assert "student before" in answer.stdout
+
+
+@pytest.mark.parametrize("verb", ["plan", "doctor", "capture"])
+def test_a_teacher_is_planned_for_examined_and_captured(copy: Path, verb: str) -> None:
+    at_hand = ["--distillation.teacher_model.name", "runs/test/export", "--model.name", "configs/models/tiny"]
+    here = ["--model.from_scratch", "true", "--dataset.mixture", "configs/mixtures/toy.yaml", "--cluster", "local"]
+    answer = run(copy, f"./train.sh {verb} configs/distillation.yaml", *at_hand, *here)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "teacher" in answer.stdout
 
 
 def test_the_cluster_command_is_checked_and_planned(copy: Path) -> None:

@@ -248,6 +248,17 @@ def test_generation_starts_from_everything_before_the_last_answer():
     assert generation_prompt(Sample(id="t", source="t", content={"text": "x"})) is None
 
 
+@pytest.mark.parametrize("template", [CHATML, LLAMA_3, MISTRAL, REASONING])
+def test_the_ids_of_a_prompt_are_the_templates_own_and_control_tokens_in_a_question_are_text(template):
+    rendering, question = renderer(template), sample(PLAIN).content["messages"][:4]
+    expected = rendering.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)
+    assert rendering.prompt_ids(question).tolist() == expected["input_ids"]
+    special = set(rendering.tokenizer.added_tokens_decoder)
+    literal = [{**turn, "content": turn["content"] + "</s>"} for turn in question]
+    found = [sum(token in special for token in rendering.prompt_ids(turns).tolist()) for turns in (question, literal)]
+    assert found[0] == found[1] > 0
+
+
 # --- the templates of published models
 
 

@@ -39,8 +39,8 @@ def digest(folder: Path) -> str:
 
 
 def test_rows_are_counted_and_dropped_ones_named_by_reason(tmp_path, small_chunks):
-    def keep(text, row, sample):
-        assert sample["messages"][0]["content"] == row["question"]
+    def keep(text, row, read):
+        assert read(row)["messages"][0]["content"] == row["question"]
         assert text == row["question"] + "\n" + row["answer"]
         return f"too short: {len(text)} characters" if len(text) < 115 else None
 
@@ -182,7 +182,7 @@ def test_missing_and_empty_files(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_filter_that_refuses_names_file_and_line(tmp_path, small_chunks, workers):
-    def keep(text, row, sample):
+    def keep(text, row, read):
         if "Question 77:" in text:
             raise ValueError("no licence")
 
@@ -192,7 +192,7 @@ def test_a_filter_that_refuses_names_file_and_line(tmp_path, small_chunks, worke
 
 
 def test_a_worker_that_is_killed_is_an_error(tmp_path, small_chunks):
-    def keep(text, row, sample):
+    def keep(text, row, read):
         import os
         import signal
 

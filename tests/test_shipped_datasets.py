@@ -174,15 +174,15 @@ def test_one_local_file_is_split_by_ratio_disjoint_whole_and_the_same_each_time(
 
 
 def test_several_files_are_read_one_after_another_and_other_kinds_too(tmp_path):
-    rows = HUB_ROWS["gsm8k"]
+    rows, name = HUB_ROWS["code_alpaca"], "code_alpaca"
     first, second = write_rows(tmp_path / "a.jsonl", rows[:8]), write_rows(tmp_path / "b.jsonl", rows[8:])
     array = tmp_path / "all.json"
     array.write_text(json.dumps(rows))
     table = tmp_path / "all.csv"
-    table.write_text("question,answer\n" + "".join(f"{i} + 1?,{i + 1}\n" for i in range(20)))
+    table.write_text("instruction,input,output\n" + "".join(f"{i} + 1?,,{i + 1}\n" for i in range(20)))
     splits = {"train": [first, second], "test": str(array)}
-    assert load("train", name="gsm8k", data_files=splits) == rows == load("test", name="gsm8k", data_files=splits)
-    assert len(load("train", name="gsm8k", data_files={"train": str(table)})) == 20
+    assert load("train", name=name, data_files=splits) == rows == load("test", name=name, data_files=splits)
+    assert len(load("train", name=name, data_files={"train": str(table)})) == 20
 
 
 def test_what_is_wrong_with_local_files_is_said(tmp_path):
@@ -308,6 +308,29 @@ def test_sharegpt_keeps_rows_with_an_exchange_and_the_conversation_that_they_are
     assert first == {"id": "a_0", "parent": "a", "conversations": TURNS}
     assert (second["id"], second["parent"], second["conversations"][2]["value"]) == ("b", "b", "Use **4**.")
     assert canonical_row(second, "sharegpt", "0")["messages"][1]["content"] == "Use **4**."
+
+
+def test_answers_that_reason_have_their_reasoning_marked():
+    (row,) = read("gsm8k", HUB_ROWS["gsm8k"][3:4])
+    assert row["rationale"] == [[0, len("3 + 1 = 4\n")]]
+    assert canonical_row(row, "gsm8k", "0")["metadata"] == {"rationale": row["rationale"]}
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("Add them. So $x = 3.5$. The sum is $\\boxed{4}$.", "The sum is $\\boxed{4}$."),
+        ("First $\\boxed{1}$, but no.\\]\n\nThen\n\\[x = \\fbox{2}.\\]", "Then\n\\[x = \\fbox{2}.\\]"),
+        ("It is\n\\[y = 5.\\]\nHence $\\boxed{5}$", "Hence $\\boxed{5}$"),
+        ("The answer is \\boxed{4}.", None),
+        ("There is no box. None at all.", None),
+    ],
+)
+def test_reasoning_in_mathematics_ends_where_the_sentence_with_the_box_begins(solution, answer):
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": solution}]
+    (first,) = read("math", [{"problem": "?", "solution": solution}])
+    (second,) = read("numina_math", [{"source": "a", "messages": turns}])
+    assert first["rationale"] == second["rationale"] == (answer and [[0, len(solution) - len(answer)]])
 
 
 def test_sharegpt_has_two_places_to_fall_back_on():

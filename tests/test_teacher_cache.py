@@ -150,7 +150,7 @@ def manifest_of(kind: str = "topk", **changes: Any) -> Manifest:
     return Manifest(**{**plain, **changes})
 
 
-def token_rows(count: int, longest: int = 30) -> list[TokenRow]:
+def token_rows(count: int, longest: int = 16) -> list[TokenRow]:
     generator = np.random.default_rng(5)
     rows = []
     for number in range(count):
@@ -399,10 +399,13 @@ def test_a_cache_of_another_teacher_tokenizer_template_or_data_is_refused(topk_c
         "teacher_digest": r"teacher: t \(1\) and t \(9\)",
         "vocabulary_digest": r"vocabulary of the tokenizer: \(2\) and \(9\)",
         "chat_template_digest": r"chat template: \(3\) and \(9\)",
-        "data_fingerprint": r"prepared data: \(4\) and \(9\)",
     }.items():
         with pytest.raises(ValueError, match=words):
             topk_cache.require(replace(IDENTITY, **{key: "9"}))
+    topk_cache.require(replace(IDENTITY, data_fingerprint="9"))  # its rows are what matters
+    topk_cache.require_rows(row.sample_id for row in ROWS)
+    with pytest.raises(ValueError, match=r"made of other data: it lacks 2 of the rows to train on, 'a' among them"):
+        topk_cache.require_rows([ROWS[0].sample_id, "a", "b"])
 
 
 def test_the_identity_tells_tokenizers_and_templates_apart(teacher_folder: Path) -> None:

@@ -21,6 +21,7 @@ from training.stopping import StopPoll
 # torch and transformers take seconds to import, and a block with nothing left to do should not wait for them.
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from training.batches import Collate, ComputeLoss, PackedDataset
     from training.trainer import BlockTrainer, ExtraMetrics
@@ -189,13 +190,13 @@ def export_folder(run: TrainerRun) -> Path:
     return Path(run.model.checkpoint_dir).expanduser() if run.model.checkpoint_dir else run.folder.export
 
 
-def export_trained(run: TrainerRun, model: Any, end: Checkpoint) -> None:
-    """Write the trained model where `from_pretrained` can read it."""
-    from training.models import export_model, load_tokenizer, precision
+def export_trained(run: TrainerRun, model: Any, tokenizer: PreTrainedTokenizerBase, end: Checkpoint) -> None:
+    """Write the trained model, and the tokenizer that it was trained with, where `from_pretrained` can read it."""
+    from training.models import export_model, precision
 
     export_model(
         model,
-        load_tokenizer(run.model),
+        tokenizer,
         export_folder(run),
         step=end.step,
         dtype=precision(run.model),
@@ -204,12 +205,17 @@ def export_trained(run: TrainerRun, model: Any, end: Checkpoint) -> None:
 
 
 def scores_on_test_split(
-    run: TrainerRun, model: Any, compute_loss: ComputeLoss, checkpoint: Checkpoint, ranks: Ranks
+    run: TrainerRun,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    compute_loss: ComputeLoss,
+    checkpoint: Checkpoint,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """What evaluation.json holds of any model: test loss, and answers where the dataset module scores them."""
     from mixture.dataset_modules import score_function
     from training.evaluation import as_json, generation_score, held_out_loss
-    from training.models import load_tokenizer, precision
+    from training.models import precision
 
     prepared = open_prepared(run)
     batch_size = run.evaluation.batch_size or run.training.batch_size
@@ -230,7 +236,7 @@ def scores_on_test_split(
     if score:
         generated = generation_score(
             model.to(precision(run.model)),
-            load_tokenizer(run.model),
+            tokenizer,
             questions_file,
             score,
             config=run.evaluation,

@@ -1,4 +1,4 @@
-"""Cross entropy of a language model's head, computed in chunks: logits of [tokens, vocabulary] never exist.
+"""Losses of a language model's head, computed in chunks: logits of [tokens, vocabulary] never exist.
 
 `use_chunked_loss` gives a causal language model this loss inside its own forward, so adapters, DDP and FSDP work.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +33,21 @@ class LogitShape:
     softcap: float | None = None
 
 
+PLAIN_LOGITS = LogitShape()
+
+
+class Head(NamedTuple):
+    """The output head's parameters, [V, H] and [V]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+ChunkLoss = Callable[[torch.Tensor, slice, bool], tuple[torch.Tensor, torch.Tensor | None]]
+"""Takes the head's outputs for a slice of the tokens, which it may overwrite, and whether a gradient is wanted. Gives
+sums over these tokens, and the gradient of the first by the outputs; both in float32 or wider."""
+
+
 def linear_cross_entropy(
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,
@@ -40,23 +56,31 @@ def linear_cross_entropy(
     shape: LogitShape | None = None,
     chunk_tokens: int | None = None,
 ) -> torch.Tensor:
-    """Sum of the cross entropies of `hidden @ weight.T + bias` against `targets`, in nats.
+    """Sum of the cross entropies of `hidden @ weight.T + bias` against `targets`, in nats."""
 
-    Multiplies in the autocast dtype where autocast is on, else in the weight's; softmax and sums are in float32.
-    Gradients are made in the forward pass, chunk by chunk: no logits are kept and none are computed twice.
+    def chunk_loss(
+        outputs_NV: torch.Tensor, chunk: slice, wants_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return _cross_entropy_and_gradient(outputs_NV, targets_N[chunk], shape or LogitShape(), wants_gradient)
+
+    return linear_loss(hidden_NH, Head(weight_VH, bias_V), chunk_loss, chunk_tokens)[0]
+
+
+def linear_loss(
+    hidden_NH: torch.Tensor, head: Head, chunk_loss: ChunkLoss, chunk_tokens: int | None = None
+) -> torch.Tensor:
+    """The sums that `chunk_loss` makes of the head's outputs, over all tokens; only the first has a gradient.
+
+    Multiplies in the autocast dtype where autocast is on, else in the weight's. Gradients are made in the forward
+    pass, chunk by chunk: no outputs are kept and none are computed twice.
     """
     if chunk_tokens is None:
-        chunk_tokens = tokens_per_chunk(*weight_VH.shape, device_type=hidden_NH.device.type)
+        chunk_tokens = tokens_per_chunk(*head.weight.shape, device_type=hidden_NH.device.type)
     if not torch.is_grad_enabled():
-        hidden_NH, weight_VH, bias_V = (
-            hidden_NH.detach(),
-            weight_VH.detach(),
-            None if bias_V is None else bias_V.detach(),
-        )
-    loss: torch.Tensor = _LinearCrossEntropy.apply(
-        hidden_NH, weight_VH, bias_V, targets_N, shape or LogitShape(), chunk_tokens
-    )
-    return loss
+        hidden_NH = hidden_NH.detach()
+        head = Head(head.weight.detach(), None if head.bias is None else head.bias.detach())
+    sums: torch.Tensor = _LinearLoss.apply(hidden_NH, *head, chunk_loss, chunk_tokens)
+    return sums
 
 
 def tokens_per_chunk(vocabulary: int, hidden: int, *, device_type: str) -> int:
@@ -65,87 +89,93 @@ def tokens_per_chunk(vocabulary: int, hidden: int, *, device_type: str) -> int:
     return max(_CHUNK_ELEMENTS.get(device_type, _CHUNK_ELEMENTS["cuda"]) // vocabulary, hidden // 4, 1)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden_NH: torch.Tensor,
         weight_VH: torch.Tensor,
         bias_V: torch.Tensor | None,
-        targets_N: torch.Tensor,
-        shape: LogitShape,
+        chunk_loss: ChunkLoss,
         chunk_tokens: int,
     ) -> torch.Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        product_dtype = _product_dtype(weight_VH)
-        sum_dtype = torch.promote_types(product_dtype, torch.float32)
-        weight = weight_VH.to(product_dtype)
-        bias = None if bias_V is None else bias_V.to(product_dtype)
-        loss = torch.zeros((), dtype=sum_dtype, device=hidden_NH.device)
+        dtype = product_dtype(weight_VH)
+        sum_dtype = torch.promote_types(dtype, torch.float32)
+        weight = weight_VH.to(dtype)
+        bias = None if bias_V is None else bias_V.to(dtype)
+        sums = torch.zeros((), dtype=sum_dtype, device=hidden_NH.device)
         grad_hidden = torch.empty_like(hidden_NH) if wants_hidden else None
         grad_weight = torch.zeros_like(weight_VH, dtype=sum_dtype) if wants_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=sum_dtype) if wants_bias and bias_V is not None else None
 
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            for start in range(0, len(targets_N), chunk_tokens):
+            # No tokens at all are one empty chunk.
+            for start in range(0, max(len(hidden_NH), 1), chunk_tokens):
                 chunk = slice(start, start + chunk_tokens)
-                hidden = hidden_NH[chunk].to(product_dtype)
-                chunk_loss, grad_logits = _chunk_loss_and_gradient(
-                    linear(hidden, weight, bias), targets_N[chunk], shape, sum_dtype, any(ctx.needs_input_grad)
-                )
-                loss += chunk_loss
-                if grad_logits is None:
+                hidden = hidden_NH[chunk].to(dtype)
+                chunk_sums, grad_outputs = chunk_loss(linear(hidden, weight, bias), chunk, any(ctx.needs_input_grad))
+                sums = sums + chunk_sums
+                if grad_outputs is None:
                     continue
                 if grad_bias is not None:
-                    grad_bias += grad_logits.sum(0)
-                grad_logits = grad_logits.to(product_dtype)
+                    grad_bias += grad_outputs.sum(0)
+                grad_outputs = grad_outputs.to(dtype)
                 if grad_hidden is not None:
-                    grad_hidden[chunk] = grad_logits @ weight
+                    grad_hidden[chunk] = grad_outputs @ weight
                 if grad_weight is not None:
-                    _add_product(grad_weight, grad_logits.t(), hidden)
+                    _add_product(grad_weight, grad_outputs.t(), hidden)
 
         ctx.save_for_backward(
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight_VH.dtype),
             None if grad_bias is None or bias_V is None else grad_bias.to(bias_V.dtype),
         )
-        return loss
+        return sums
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradients = (None if saved is None else saved * grad_loss.to(saved.dtype) for saved in ctx.saved_tensors)
-        return (*gradients, None, None, None)
+    def backward(ctx: Any, grad_sums: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradients = (None if saved is None else saved * grad_sums[0].to(saved.dtype) for saved in ctx.saved_tensors)
+        return (*gradients, None, None)
 
 
-def _product_dtype(weight: torch.Tensor) -> torch.dtype:
+def product_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The dtype that products with this weight are made in."""
     device_type = weight.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
 
 
-def _chunk_loss_and_gradient(
-    logits_NV: torch.Tensor, targets_N: torch.Tensor, shape: LogitShape, sum_dtype: torch.dtype, wants_gradient: bool
+def _cross_entropy_and_gradient(
+    outputs_NV: torch.Tensor, targets_N: torch.Tensor, shape: LogitShape, wants_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The chunk's summed loss, and the gradient of the loss by the head's output, both in `sum_dtype`."""
-    shaped_NV = _shape_logits(logits_NV, shape, sum_dtype)
-    log_probabilities = torch.log_softmax(shaped_NV, dim=-1, dtype=sum_dtype)
-    loss = -log_probabilities.gather(1, targets_N[:, None]).sum()
+    logits_NV = shape_logits(outputs_NV, shape)
+    sum_dtype = torch.promote_types(outputs_NV.dtype, torch.float32)
+    log_probabilities = torch.log_softmax(logits_NV, dim=-1, dtype=sum_dtype)
+    loss = -log_probabilities.gather(1, targets_N[:, None]).sum()[None]
     if not wants_gradient:
         return loss, None
     gradient = log_probabilities.exp_()
     gradient.scatter_add_(1, targets_N[:, None], gradient.new_full((len(targets_N), 1), -1.0))
+    return loss, gradient_by_outputs(gradient, logits_NV, shape)
+
+
+def shape_logits(outputs: torch.Tensor, shape: LogitShape) -> torch.Tensor:
+    """The logits that a model makes of its head's outputs; in float32 or wider where they are not the same."""
+    dtype = torch.promote_types(outputs.dtype, torch.float32)
+    if shape.scale != 1:
+        outputs = outputs.to(dtype) * shape.scale
     if shape.softcap is not None:
-        gradient.mul_(1 - (shaped_NV / shape.softcap).square_())
+        outputs = torch.tanh(outputs.to(dtype) / shape.softcap) * shape.softcap
+    return outputs
+
+
+def gradient_by_outputs(gradient: torch.Tensor, logits: torch.Tensor, shape: LogitShape) -> torch.Tensor:
+    """Turns a gradient by the logits into that by the head's outputs; both arguments are overwritten."""
+    if shape.softcap is not None:
+        gradient.mul_(logits.div_(shape.softcap).square_().neg_().add_(1))
     if shape.scale != 1:
         gradient.mul_(shape.scale)
-    return loss, gradient
-
-
-def _shape_logits(logits: torch.Tensor, shape: LogitShape, dtype: torch.dtype) -> torch.Tensor:
-    if shape.scale != 1:
-        logits = logits.to(dtype) * shape.scale
-    if shape.softcap is not None:
-        logits = torch.tanh(logits.to(dtype) / shape.softcap) * shape.softcap
-    return logits
+    return gradient
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -176,7 +206,7 @@ def causal_loss(
         return total / max(len(supervised), 1)
     if isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+    return total / max(num_items_in_batch, 1)
 
 
 def use_chunked_loss(model: PreTrainedModel) -> None:
@@ -221,13 +251,6 @@ def _forward_with_loss(
         attentions=outputs.get("attentions"),
     )
     return output.to_tuple() if return_dict is False else output
-
-
-class Head(NamedTuple):
-    """The output head's parameters, [V, H] and [V]."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
 
 
 def output_head(model: PreTrainedModel) -> Head:
@@ -276,7 +299,7 @@ def check_logits(model: PreTrainedModel) -> None:
         return
     positions = torch.arange(2 * head.weight.shape[1], device=head.weight.device, dtype=torch.float32)
     hidden_BTH = positions.sin().view(1, 2, -1).to(head.weight.dtype)
-    expected = _shape_logits(linear(hidden_BTH, *head), shape, torch.float32)
+    expected = shape_logits(linear(hidden_BTH, *head), shape)
     tokens_BT = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
     # Most models call their base model, some (OPT) its decoder.
     decoders = {model.base_model, model.get_decoder()} - {model}

@@ -15,7 +15,7 @@ from training.stopping import StopSignals
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerRun:
-    """What every trainer reads."""
+    """What every trainer reads; each has a dataclass of its own with its section beside this."""
 
     folder: RunFolder
     prepared: Path
