@@ -11,6 +11,7 @@ from drafting_models import packed
 
 from drafting import loss as loss_module
 from drafting.loss import Teacher, UnrolledLoss, unrolled_cross_entropy
+from training import losses
 from training.batches import IGNORED
 
 WEIGHTS = (1.0, 0.8, 0.64)
@@ -73,16 +74,15 @@ def published(case: dict[str, torch.Tensor | Teacher], lengths: Sequence[int]) -
 
 
 @pytest.mark.parametrize("lengths", [[11], [4, 1, 7, 2, 3]])
-@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
-def test_loss_gradients_and_hits_are_those_of_the_published_formulas(lengths: list[int], chunk_tokens: int) -> None:
+@pytest.mark.parametrize("chunk_guesses", [1, 3, 100])
+def test_loss_gradients_and_hits_are_those_of_the_published_formulas(lengths: list[int], chunk_guesses: int) -> None:
     case = random_case(lengths)
     expected_sums, expected_hits = published(case, lengths)
     expected = expected_sums @ torch.tensor(WEIGHTS, dtype=torch.float64)
     expected_gradients = torch.autograd.grad(expected * 3, [case["normed"], case["head"]])
-    result = loss_of(case, chunk_tokens=chunk_tokens)
+    result = loss_of(case, chunk_guesses=chunk_guesses)
     gradients = torch.autograd.grad(result.loss * 3, [case["normed"], case["head"]])
     torch.testing.assert_close(result.loss, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(result.step_losses_I, expected_sums.detach(), rtol=1e-12, atol=1e-12)
     assert torch.equal(result.hits_IT, expected_hits)
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
@@ -118,7 +118,7 @@ def test_a_small_case_by_hand() -> None:
 
     # The draft says 1/2 to each of its two tokens, whatever the target says; on a tie the first counts as its guess.
     result = loss(teacher)
-    assert result.step_losses_I.tolist() == pytest.approx([log(2), 0, 0])
+    assert result.loss.item() == pytest.approx(log(2))
     assert result.hits_IT.tolist() == [[True, False, False], [False] * 3, [False] * 3]
     # d loss / d hidden = sum over tokens of (1/2 - p) x weight of the head, with p = 4/5, 1/5; heads of 1 and 3:
     head = torch.tensor([[1.0], [3.0]], requires_grad=True)
@@ -128,12 +128,6 @@ def test_a_small_case_by_hand() -> None:
     result = loss(make_teacher(teacher.hidden_TH, teacher.head_VH, [1, 3]))
     assert result.loss.item() == 0 and not result.hits_IT.any()
     assert not torch.autograd.grad(result.loss, [normed])[0].any()
-
-
-def test_the_steps_are_weighted() -> None:
-    case = random_case([11])
-    result = loss_of(case)
-    assert result.loss.item() == pytest.approx(float(result.step_losses_I @ torch.tensor(WEIGHTS).double()))
 
 
 def test_a_batch_that_teaches_nothing_has_a_loss_of_zero_and_gradients_of_zero() -> None:
@@ -166,7 +160,7 @@ def test_gradients_of_the_head_are_summed_in_float32_under_autocast() -> None:
             labels_T=torch.zeros(tokens, dtype=torch.long),
             positions_T=torch.arange(tokens),
             step_weights=(1.0,),
-            chunk_tokens=1,
+            chunk_guesses=1,
         ).loss
     (gradient,) = torch.autograd.grad(loss, [head])
     expected = 1024 * (0.5 - torch.tensor([3.0, 0.0]).softmax(0))
@@ -183,5 +177,7 @@ def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> No
         return logits
 
     monkeypatch.setattr(loss_module, "linear", counting)
-    loss_of(random_case([40]), chunk_tokens=2)
-    assert max(largest) == 2 * 30
+    monkeypatch.setattr(losses, "linear", counting)
+    loss_of(random_case([40]), chunk_guesses=6)
+    # Six guesses of the draft, of which each token of the target has three.
+    assert max(largest) == max(6 * 12, 3 * 30)
