@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from training.config import ModelConfig
+from training.config import ModelConfig, TrainingConfig
 
 NUM_FEATURES = 3
 TARGET_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -108,13 +108,29 @@ def check_family(model_type: str) -> None:
         )
 
 
-def target_problems(model: ModelConfig) -> list[str]:
-    """What keeps a model from being the target of a draft."""
+def count_draft_parameters(target: Mapping[str, Any], *, draft_vocabulary: int) -> int:
+    """Trained parameters of the draft of a target, given by the values of its config.json; KeyError where one lacks."""
+    hidden, heads, inner = target["hidden_size"], target["num_attention_heads"], target["intermediate_size"]
+    head_size = target.get("head_dim") or hidden // heads
+    # The projections of queries, keys and values read the embedding beside the hidden state.
+    attention = hidden * head_size * (2 * (heads + 2 * (target.get("num_key_value_heads") or heads)) + heads)
+    head = hidden * min(draft_vocabulary, target["vocab_size"])
+    return NUM_FEATURES * hidden**2 + attention + 3 * hidden * inner + head + 4 * hidden
+
+
+def target_problems(model: ModelConfig, training: TrainingConfig) -> list[str]:
+    """What keeps a model from being the target of a draft, or its draft from being trained."""
     problems = []
     if model.from_scratch:
         problems.append("model.from_scratch: the target of a draft needs trained weights")
     if model.peft:
         problems.append("model.peft: the target of a draft is frozen and its draft is trained in full; leave it out")
+    for key in ("fsdp", "deepspeed"):
+        if training.arguments.get(key):
+            problems.append(
+                f"training.arguments.{key}: a draft is small, and each process holds it whole beside its target; leave "
+                "it out"
+            )
     if model.tokenizer is not None:
         problems.append(
             f"model.tokenizer: the target is served with its own tokenizer and chat template, not those of "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain as chain_iterables
 from itertools import islice
 from typing import Any, NamedTuple
@@ -220,6 +220,10 @@ def measured_acceptance(
             )
         )
 
+    if not prompts:
+        return {}
+    # Once for nothing: the first tokens of a process cost more time than all others.
+    answer(draft, target, prompts[0], replace(limits, max_new_tokens=4), chain=chain, choice=Greedy())
     greedy = answers(lambda number: Greedy())
     sampled = answers(lambda number: Sampling(temperature, torch.Generator().manual_seed(seed + number)))
     different = divergences(greedy)

@@ -10,11 +10,11 @@ from training.run import TrainerRun
 
 @dataclass(frozen=True, kw_only=True)
 class Eagle3Run(TrainerRun):
-    """Everything that the EAGLE-3 trainer reads. ValueError where `model` cannot be a target."""
+    """Everything that the EAGLE-3 trainer reads. ValueError where `model` cannot be a target, or be trained for so."""
 
     eagle3: Eagle3Config
 
     def __post_init__(self) -> None:
-        problems = target_problems(self.model)
+        problems = target_problems(self.model, self.training)
         if problems:
             raise ValueError("\n".join(problems))

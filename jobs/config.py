@@ -360,7 +360,10 @@ def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
                     Problem(tree.place(("model", key)), f"model.{key} is read only where model.peft is true")
                 )
     if config.eagle3 is not None:
-        problems += [Problem(tree.place(("model",)), problem) for problem in target_problems(config.model)]
+        problems += [
+            Problem(tree.place(tuple(problem.partition(":")[0].split("."))), problem)
+            for problem in target_problems(config.model, config.training)
+        ]
     if config.distillation is not None and config.distillation.from_teacher is not None:
         problems += contradictions_of_student(config.model, config.distillation.teacher_model, tree)
     return problems

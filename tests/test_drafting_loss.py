@@ -9,6 +9,7 @@ import pytest
 import torch
 from drafting_models import packed
 
+from benchmarks import eagle3 as benchmark
 from drafting import loss as loss_module
 from drafting.loss import Teacher, UnrolledLoss, unrolled_cross_entropy
 from training import losses
@@ -181,3 +182,17 @@ def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> No
     loss_of(random_case([40]), chunk_guesses=6)
     # Six guesses of the draft, of which each token of the target has three.
     assert max(largest) == max(6 * 12, 3 * 30)
+
+
+def test_a_whole_step_is_that_of_the_published_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features to gradients, against the straightforward implementation that the benchmark measures."""
+    width = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
+    for name, value in {"VOCABULARY": 60, "DRAFT_VOCABULARY": 15, "WIDTHS": {"cpu": width}}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    inputs = benchmark.make_inputs(12, torch.device("cpu"))
+    gradients = []
+    for engine in benchmark.ENGINES.values():
+        loss = engine(inputs)
+        gradients.append([loss.detach(), *torch.autograd.grad(loss, list(inputs.draft.parameters()))])
+    for ours, published in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, published, rtol=1e-4, atol=1e-6)

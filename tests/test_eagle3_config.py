@@ -9,7 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from drafting_models import TARGETS, target_config
 
+from drafting.config import count_draft_parameters
+from drafting.model import DraftModel, draft_config
 from drafting.run import Eagle3Run
 from jobs.config import PROJECT, read_resolved_config, read_run_config, resolved_values
 from jobs.preflight import check_run
@@ -59,6 +62,7 @@ def test_the_configs_that_come_along_can_be_read_back_from_a_run_folder(name: st
         (["--model.from_scratch", "true"], "model.from_scratch: the target of a draft needs trained weights"),
         (["--model.peft", "true"], "model.peft: the target of a draft is frozen"),
         (["--model.tokenizer", "configs/models/tiny"], "the target is served with its own tokenizer and chat template"),
+        (["--training.arguments.fsdp", "full_shard"], "training.arguments.fsdp: a draft is small"),
         (["--eagle3.layers", "[3, 2, 1]"], "eagle3.layers must be 3 layers, each above the one before"),
         (["--eagle3.layers", "[1, 2, 8]"], "eagle3.layers: there is no layer 8; the target has layers 0 to 6"),
         (["--eagle3.decay", "1.5"], "eagle3.decay must be in (0, 1], got 1.5"),
@@ -90,6 +94,14 @@ def test_a_context_shorter_than_the_target_s_is_noted(tmp_path: Path) -> None:
     (target / "model.safetensors").touch()
     notes = check_run(write(tmp_path), ["--model.name", str(target)]).notes
     assert any("rows of up to 1024 tokens and its target takes 8192" in note for note in notes)
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_the_plan_counts_the_parameters_that_are_trained(family: str) -> None:
+    config = target_config(family)
+    draft = DraftModel(draft_config(config, draft_vocabulary=20))
+    counted = count_draft_parameters(config.to_dict(), draft_vocabulary=20)
+    assert counted == sum(parameter.numel() for parameter in draft.parameters())
 
 
 def test_a_trainer_is_not_given_a_model_that_cannot_be_a_target(tmp_path: Path) -> None:
