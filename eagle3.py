@@ -170,6 +170,12 @@ def evaluate(run: Eagle3Run) -> dict[str, Any]:
         for name in (name for name in result if name.startswith("definition_of_")):
             score = name.removeprefix("definition_of_")
             print(f"{score.replace('_', ' ')} {result[score]:.3f}: {result[name]}", flush=True)
+        for difference in result.get("divergences", []):
+            print(
+                f"a greedy answer of {difference['source']} parts from the target's own at token "
+                f"{difference['token']}, where its two best logits lie {difference['logit_margin']:.2g} apart",
+                flush=True,
+            )
     block.record_evaluation(run, result, ranks)
     return result
 

@@ -6,7 +6,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain as chain_iterables
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -209,16 +208,15 @@ def measured_acceptance(
     seed: int,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """What evaluation.json holds of real decoding: all prompts greedily, and all at a temperature; with and without the
-    draft, spread over the processes."""
+    """What evaluation.json holds of real decoding, with the draft and without it, greedily and at a temperature.
+
+    Prompts are spread over the processes; nothing where there are none.
+    """
 
     def answers(choice: Callable[[int], Choice]) -> list[Answer]:
         mine = range(ranks.rank, len(prompts), ranks.world_size)
-        return list(
-            chain_iterables.from_iterable(
-                gather_on_all([answer(draft, target, prompts[n], limits, chain=chain, choice=choice(n)) for n in mine])
-            )
-        )
+        given = [answer(draft, target, prompts[n], limits, chain=chain, choice=choice(n)) for n in mine]
+        return [one for of_rank in gather_on_all(given) for one in of_rank]
 
     if not prompts:
         return {}
@@ -264,9 +262,9 @@ def acceptance_length(answers: Sequence[Answer]) -> float:
 
 def speedup(answers: Sequence[Answer]) -> float:
     """How many times faster tokens come with the draft."""
-    plain = sum(len(answer.plain.tokens) for answer in answers) / max(sum(answer.plain_s for answer in answers), 1e-9)
-    drafted = sum(len(answer.drafted.tokens) for answer in answers)
-    return drafted / max(sum(answer.drafted_s for answer in answers), 1e-9) / max(plain, 1e-9)
+    plain = sum(answer.plain_s for answer in answers) / sum(len(answer.plain.tokens) for answer in answers)
+    drafted = sum(answer.drafted_s for answer in answers) / sum(len(answer.drafted.tokens) for answer in answers)
+    return plain / drafted
 
 
 def divergences(answers: Sequence[Answer]) -> list[dict[str, Any]]:
