@@ -94,7 +94,8 @@ def build_model(run: DistillationRun, start: Checkpoint | None, *, with_projecti
     network: Any = student.get_base_model() if models.is_adapter(student) else student
     use_distillation_loss(network, vocabulary=shared_vocabulary(run))
     if run.distillation.hidden_states.weight and with_projections:
-        add_projections(network, matched_layers(run), teacher_width=teacher_shape(run).hidden_size)
+        width = teacher_shape(run).hidden_size
+        add_projections(network, matched_layers(run), teacher_width=width, has_adapter=network is not student)
         if start:
             load_projections(network, start.path)
     return student
@@ -192,7 +193,9 @@ def build_data_with_targets(run: DistillationRun) -> PackedDataset:
     cache = TeacherCache.open(run.cache)
     if run.distillation.cache.folder is not None:
         require_own_cache(run, cache, packs)
-    return TaughtPacks(packs, cache, run.distillation)
+    vocabulary = shared_vocabulary(run)
+    assert vocabulary is not None
+    return TaughtPacks(packs, cache, run.distillation, vocabulary)
 
 
 def require_own_cache(run: DistillationRun, cache: TeacherCache, packs: PackedDataset) -> None:

@@ -77,6 +77,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--rows-per-file", type=int, default=2000, help="first rows of each file, in random order")
+    parser.add_argument("--student-rows", type=int, help="train rows that students see; unset: those of the teacher")
+    parser.add_argument("--dtype", default="float32", help="arithmetic of the students")
     parser.add_argument("--teacher-epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--weight", type=float, default=0.9, help="share of the divergence in the loss")
@@ -131,12 +133,14 @@ def teacher_config(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def student_config(options: argparse.Namespace, teacher: str, seed: int) -> dict[str, Any]:
-    """A student on the same tokens once; only `teacher` and the seed differ."""
+    """A student on the same tokens once, of rows that the teacher saw and scored on rows that it did not."""
+    shared = common(options)
     return {
-        **common(options),
+        **shared,
         "trainer": "distillation",
         "seed": seed,
-        "model": {"name": str(options.folder / "student"), "from_scratch": True},
+        "dataset": {**shared["dataset"], "limit": options.student_rows},
+        "model": {"name": str(options.folder / "student"), "from_scratch": True, "dtype": options.dtype},
         "training": {"lr": 2e-3, "batch_size": 8, "warmup": 40, "weight_decay": 0.1},
         "distillation": {
             "teacher": teacher,

@@ -122,13 +122,16 @@ class AnswersConfig:
     tasks: int = 1
     """Jobs that write side by side, one Slurm array; each takes the next shard that nobody has."""
 
+    gpus_per_task: int = 1
+    """GPUs of each of them, where `slurm.gpus_per_node` is set; a teacher too large for one is spread over them."""
+
     keep_unfinished: bool = False
     """Keep answers that come to no end, instead of dropping them and what would follow in the conversation."""
 
     def __post_init__(self) -> None:
         problems = [
             f"distillation.answers.{key} must be at least 1, got {getattr(self, key)}"
-            for key in ("max_new_tokens", "batch_size", "shard_rows", "tasks")
+            for key in ("max_new_tokens", "batch_size", "shard_rows", "tasks", "gpus_per_task")
             if getattr(self, key) < 1
         ]
         if self.temperature < 0:

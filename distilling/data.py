@@ -41,15 +41,20 @@ NO_TARGETS = RowTargets(
 class TaughtPacks(PackedDataset):
     """The packs of a split, each sample with its targets."""
 
-    def __init__(self, packs: PackedDataset, cache: TeacherCache, config: DistillationConfig):
+    def __init__(self, packs: PackedDataset, cache: TeacherCache, config: DistillationConfig, vocabulary: int):
         super().__init__(packs.rows, packs.packs)
         self.cache = cache
+        self.vocabulary = vocabulary
         self.temperature = config.temperature
         self.tail = config.tail
 
     def __getitem__(self, index: int) -> list[Any]:
-        rows = super().__getitem__(index)
-        return [TaughtRow(row, self.cache.targets(row, temperature=self.temperature, tail=self.tail)) for row in rows]
+        return [TaughtRow(row, self.targets(row)) for row in super().__getitem__(index)]
+
+    def targets(self, row: TokenRow) -> RowTargets:
+        """What the student learns of a row, in the tokens that both have."""
+        found = self.cache.targets(row, temperature=self.temperature, tail=self.tail)
+        return found if self.cache.manifest.vocabulary <= self.vocabulary else found.below(self.vocabulary)
 
 
 @dataclass(frozen=True)

@@ -61,11 +61,20 @@ def matched_layers(config: HiddenStatesConfig, *, student_layers: int, teacher_l
     return dict(config.layers)
 
 
-def add_projections(student: PreTrainedModel, layers: dict[int, int], *, teacher_width: int) -> None:
-    """Give the student a trained linear map for each matched layer, where its width is not the teacher's."""
+def add_projections(student: PreTrainedModel, layers: dict[int, int], *, teacher_width: int, has_adapter: bool) -> None:
+    """Give the student a trained linear map for each matched layer, where its width is not the teacher's.
+
+    ValueError for a student with an adapter, whose checkpoints hold the adapter alone.
+    """
     width = student.config.get_text_config().hidden_size
     if width == teacher_width:
         return
+    if has_adapter:
+        raise ValueError(
+            f"distillation.hidden_states: the student is {width} wide and the teacher {teacher_width}, so a map "
+            "between them would be trained, which an adapter cannot carry; set model.peft: false, or "
+            "distillation.hidden_states.weight: 0"
+        )
     projections = nn.ModuleDict({str(layer): nn.Linear(width, teacher_width, bias=False) for layer in layers})
     student.add_module(PROJECTIONS, projections)
 

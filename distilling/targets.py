@@ -31,6 +31,23 @@ class RowTargets:
     log_tail_N: npt.NDArray[np.float32] | None
     """log of the mass outside of the kept tokens, as one more class; None where no class stands for it."""
 
+    def below(self, vocabulary: int) -> RowTargets:
+        """The same without ids from `vocabulary` on, which pad the teacher's head only; the rest is scaled up to 1."""
+        beyond_NS = self.ids_NS >= vocabulary
+        if not beyond_NS.any():
+            return self
+        weights_NS = np.where(beyond_NS, np.float32(0), self.weights_NS)
+        mass_N = weights_NS.sum(axis=1)
+        if self.log_tail_N is not None:
+            mass_N += np.exp(self.log_tail_N)
+        log_mass_N = np.log(mass_N)
+        return RowTargets(
+            np.where(beyond_NS, 0, self.ids_NS),
+            np.where(beyond_NS, np.float32(-np.inf), self.log_probabilities_NS - log_mass_N[:, None]),
+            weights_NS / mass_N[:, None],
+            None if self.log_tail_N is None else self.log_tail_N - log_mass_N,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class SparseTargets:

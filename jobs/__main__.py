@@ -20,6 +20,7 @@ from rich.table import Table
 from distilling.identity import is_complete
 from jobs import launch
 from jobs.capture_plan import capture_lines
+from jobs.capturing import answers_line, writes_answers
 from jobs.config import PROJECT, resolved_values
 from jobs.doctor import run_doctor
 from jobs.drill import drill, show_drill
@@ -313,23 +314,44 @@ def prepare_command(arguments: list[str]) -> int:
     options, overrides = prepare_parser().parse_known_args(arguments)
     if is_recipe(options.file):
         return prepare_mixture(options, overrides)
-    _, checked = parse_and_check(verb_parser("prepare", "make the training data here and now"), arguments)
-    prepare_data(checked)
+    refuse_options_of_recipes(options)
+    checked = check_run(options.file, overrides)
+    if not options.dry_run:
+        prepare_data(checked, options.workers)
+    elif checked.mixture is not None:
+        from mixture.mixer import run_mixture
+
+        run_mixture(checked.mixture, checked.config.data_folder, tell, dry_run=True, workers=options.workers)
+    else:
+        show_plan(checked, plan_run(checked))
     return 0
 
 
+def refuse_options_of_recipes(options: argparse.Namespace) -> None:
+    """Raise ValueError where an option for recipes comes with a run."""
+    of_recipes = {"--dataset": options.dataset, "--total-samples": options.total_samples,
+                  "--output-dir": options.output_dir, "--data-dir": options.data_dir,
+                  "--frozen": options.frozen}  # fmt: skip
+    given = [name for name, value in of_recipes.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: for a recipe of a mixture, and {options.file} is a run; give its recipe to prepare, "
+            "or change the recipe"
+        )
+
+
 def prepare_parser() -> argparse.ArgumentParser:
-    """What `prepare` understands; all but the file is for mixtures."""
+    """What `prepare` understands; much of it is for recipes only."""
     parser = verb_parser("prepare", "make the training data of a run, or a mixture of many sources, here and now")
-    mixture = parser.add_argument_group("of a mixture")
+    parser.add_argument("--dry-run", action="store_true", help="show counts, epochs, download and disk; make nothing")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    mixture = parser.add_argument_group("of a recipe")
     add = mixture.add_argument
-    add("--dry-run", action="store_true", help="show counts, epochs, download and disk; fetch nothing")
     add("--dataset", metavar="NAME", help="only this source of the recipe, with the rows that it has in the whole")
     add("--total-samples", type=int, metavar="ROWS", help="rows of the whole mixture")
     add("--output-dir", type=Path, metavar="DIR", help="where the mixture goes (default: data/mixtures/KEY)")
-    add("--data-dir", type=Path, default=PROJECT / "data", metavar="DIR", help="where sources and mixtures are kept")
+    add("--data-dir", type=Path, metavar="DIR", help="where sources and mixtures are kept (default: data)")
     add("--frozen", type=Path, metavar="LOCK", help="a mixture.lock.json to be met in every source and count")
-    add("--workers", type=int, metavar="N", help="processes (default: one per core)")
     return parser
 
 
@@ -350,20 +372,20 @@ def prepare_mixture(options: argparse.Namespace, rest: list[str]) -> int:
     mixture = read_mixture(options.file, overrides)
     if options.dataset is not None:
         mixture = mixture.only(options.dataset)
-    run_mixture(
-        mixture, options.data_dir, tell, dry_run=options.dry_run, workers=options.workers, frozen=options.frozen
-    )
+    data_dir = options.data_dir or PROJECT / "data"
+    run_mixture(mixture, data_dir, tell, dry_run=options.dry_run, workers=options.workers, frozen=options.frozen)
     return 0
 
 
-def prepare_data(checked: CheckedRun) -> None:
+def prepare_data(checked: CheckedRun, workers: int | None = None) -> None:
     from mixture.prepare import prepare  # the tokenizer's imports take seconds; check and plan do not need them
 
     if checked.mixture is not None:
         from mixture.mixer import run_mixture
 
-        run_mixture(checked.mixture, checked.config.data_folder, tell)
-    prepare(checked.preparation, checked.config.data_folder, tell)
+        run_mixture(checked.mixture, checked.config.data_folder, tell, workers=workers)
+    if not writes_answers(checked.config):  # else it is prepared once the teacher has answered
+        prepare(checked.preparation, checked.config.data_folder, tell, workers=workers)
 
 
 def tell(line: str) -> None:
@@ -520,6 +542,9 @@ def show_plan(checked: CheckedRun, plan: Plan) -> None:
         costs.append(f"at most {plan.max_gpu_hours:,.1f} GPU-hours")
     console.print("; ".join(costs), highlight=False)
     show_capture(plan)
+    answers = checked.preparation.mixture
+    if writes_answers(checked.config) and answers is not None:
+        tell(answers_line(checked.config, answers))
 
 
 def print_json(value: Any) -> None:

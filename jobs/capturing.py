@@ -1,21 +1,25 @@
-"""The teacher's cache of a run: where it lies, whether the chain makes it, and capturing what is missing of it."""
+"""A teacher's work before training: the cache or the answers of a run, where they lie, and making what is missing."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distilling.config import DistillationConfig
-from distilling.identity import cache_folder, cache_key, capture_progress, is_complete
+from distilling.identity import answers_folder, answers_key, cache_folder, cache_key, capture_progress, is_complete
+from jobs.chain import ONE_JOB, ArrayShape
 from jobs.config import RunConfig
 from jobs.snapshot import read_manifest
+from mixture.prepare import MIXTURE_MARKER, PreparationRequest, PreparedData, data_key, prepared_folder
 from training.distributed import Ranks
 from training.run_folder import RunFolder
 from training.stopping import StopPoll, StopSignals
 
 if TYPE_CHECKING:
+    from distilling.answers import AnswersRequest
     from distilling.capture import CaptureRequest
 
 POLL_S = 5.0
@@ -26,6 +30,28 @@ def has_capture(config: RunConfig) -> bool:
     """Whether the chain makes a teacher's cache, instead of reading one that was made before, or none."""
     distillation = config.distillation
     return distillation is not None and distillation.teacher == "cache" and distillation.cache.folder is None
+
+
+def writes_answers(config: RunConfig) -> bool:
+    """Whether the teacher writes the answers that the run learns, so that its data is prepared only afterwards."""
+    return config.distillation is not None and config.distillation.teacher == "text"
+
+
+def key_of_answers(config: RunConfig, rows: PreparationRequest) -> str | None:
+    """The key of the answers to these rows; None where the teacher writes none."""
+    if not writes_answers(config):
+        return None
+    distillation = distillation_of(config)
+    return answers_key(distillation.teacher_model, distillation.answers, data_key=data_key(rows), seed=config.seed)
+
+
+def array_shape(config: RunConfig) -> ArrayShape:
+    """The Slurm array in which the run's teacher works."""
+    distillation = config.distillation
+    if distillation is None:
+        return ONE_JOB
+    settings = distillation.answers if writes_answers(config) else distillation.cache
+    return ArrayShape(tasks=settings.tasks, gpus=settings.gpus_per_task)
 
 
 def key_of_cache(config: RunConfig, data_key: str) -> str | None:
@@ -54,14 +80,32 @@ def cache_of_run(run: RunFolder, config: RunConfig) -> Path | None:
 
 def is_captured(run: RunFolder, config: RunConfig) -> bool:
     """Whether nothing is left for a capture job of the run."""
-    folder = cache_of_run(run, config) if has_capture(config) else None
-    return folder is None or is_complete(folder)
+    if writes_answers(config):
+        folder = prepared_folder(config.data_folder, read_manifest(run.manifest)["data_key"])
+        return PreparedData.open(folder) is not None
+    cache = cache_of_run(run, config) if has_capture(config) else None
+    return cache is None or is_complete(cache)
 
 
 def shards_done(run: RunFolder, config: RunConfig) -> int:
-    """How far the cache of a run is; 0 where it has none."""
+    """How far the cache or the answers of a run are; 0 where it has none."""
+    if writes_answers(config):
+        return capture_progress(answers_folder(config.data_folder, read_manifest(run.manifest)["answers_key"])).done
     folder = cache_of_run(run, config)
     return capture_progress(folder).done if folder else 0
+
+
+def answers_line(config: RunConfig, answers: Path) -> str:
+    """What a plan says of the answers in a folder."""
+    progress = capture_progress(answers)
+    if (answers / MIXTURE_MARKER).is_file():
+        state = "are written"
+    elif progress.total is None:
+        state = "are still to be written"
+    else:
+        state = f"are written for {progress.done} of {progress.total} shards"
+    tasks = array_shape(config).tasks
+    return f"teacher's answers {answers} {state}" + (f", by a Slurm array of {tasks} tasks" if tasks > 1 else "")
 
 
 def capture_request(config: RunConfig, prepared: Path, folder: Path) -> CaptureRequest:
@@ -78,6 +122,21 @@ def capture_request(config: RunConfig, prepared: Path, folder: Path) -> CaptureR
     )
 
 
+def answers_request(config: RunConfig, rows: PreparationRequest) -> AnswersRequest:
+    """What a run's teacher is asked to answer."""
+    from distilling.answers import AnswersRequest  # torch
+
+    key, distillation = key_of_answers(config, rows), distillation_of(config)
+    assert key is not None
+    return AnswersRequest(
+        writer=distillation.teacher_model,
+        answers=distillation.answers,
+        rows=rows,
+        folder=answers_folder(config.data_folder, key),
+        seed=config.seed,
+    )
+
+
 def capture_what_is_missing(
     request: CaptureRequest, run: RunFolder, signals: StopSignals, report: Callable[[str], None]
 ) -> bool:
@@ -88,31 +147,47 @@ def capture_what_is_missing(
     """
     from distilling.capture import capture
 
-    before = capture_progress(request.folder).done
+    return in_shards(partial(capture, request, report), request.folder, run, signals)
+
+
+def answer_what_is_missing(
+    request: AnswersRequest, run: RunFolder, signals: StopSignals, report: Callable[[str], None]
+) -> bool:
+    """Have the teacher answer what nobody else has answered; returns whether the answers are complete.
+
+    Raises:
+        StopRequested: a stop signal came. Shards that were finished are kept.
+    """
+    from distilling.answers import write_answers
+
+    return in_shards(partial(write_answers, request, report), request.folder, run, signals)
+
+
+def in_shards(work: Callable[..., bool], folder: Path, run: RunFolder, signals: StopSignals) -> bool:
+    """Let a stop request end work that is done in shards between them, and record how far it came."""
+    before = capture_progress(folder).done
     with signals.deferred():
-        complete = capture(request, report, stop_requested=StopPoll(signals, run.stop).is_requested)
-        done = capture_progress(request.folder).done
+        complete = work(stop_requested=StopPoll(signals, run.stop).is_requested)
+        done = capture_progress(folder).done
         if done > before:
             run.record_event("captured", shards=done)
     return complete
 
 
-def capture_before_training(
-    request: CaptureRequest, run: RunFolder, signals: StopSignals, report: Callable[[str], None]
-) -> bool:
-    """Have the cache complete in the processes of a block; False where the user stops the run before.
+def capture_before_training(work: Callable[[], bool], is_done: Callable[[], bool], run: RunFolder) -> bool:
+    """Have the teacher's `work` done in the processes of a block; False where the user stops the run before.
 
-    One process of each node captures, since a teacher is spread over all GPUs that its process sees. The others wait.
+    One process of each node works, since a teacher is spread over all GPUs that its process sees. The others wait.
 
     Raises:
         StopRequested: a stop signal came.
     """
-    captures = Ranks.of_environment().local_rank == 0
-    while not (capture_what_is_missing(request, run, signals, report) if captures else is_complete(request.folder)):
+    works = Ranks.of_environment().local_rank == 0
+    while not (work() if works else is_done()):
         if run.stop.exists():
             return False
         time.sleep(POLL_S)
-    if captures:
+    if works:
         free_device_memory()
     return True
 

@@ -364,6 +364,14 @@ def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
             Problem(tree.place(tuple(problem.partition(":")[0].split("."))), problem)
             for problem in target_problems(config.model, config.training)
         ]
+    if config.dataset.mask_rationale and config.distillation is not None and config.distillation.teacher == "text":
+        problems.append(
+            Problem(
+                tree.place(("dataset", "mask_rationale")),
+                "dataset.mask_rationale: nothing marks what is reasoning in the answers that a teacher writes "
+                "(distillation.teacher: text); keep one of them",
+            )
+        )
     if config.distillation is not None and config.distillation.from_teacher is not None:
         problems += contradictions_of_student(config.model, config.distillation.teacher_model, tree)
     return problems

@@ -203,7 +203,7 @@ class Drill:
             tried.add(limit)
             dataset = replace(copy.config.dataset, limit=limit)
             limited = replace(copy, config=replace(copy.config, dataset=dataset))
-            prepared = prepare(limited.preparation, limited.config.data_folder, self.tell)
+            prepared = prepare(limited.rows, limited.config.data_folder, self.tell)
             train = prepared.splits["train"]
             assert train is not None, "preparation fails where the train split has no rows"
             steps = Horizon.of(training, num_rows=train.packs, world_size=copy.world_size).steps_per_epoch

@@ -12,18 +12,22 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import Any, cast, get_args
 
 from distilling.run import DistillationRun
 from drafting.run import Eagle3Run
 from jobs.capturing import (
+    answer_what_is_missing,
+    answers_request,
     capture_before_training,
     capture_request,
     capture_what_is_missing,
     folder_of_cache,
     is_captured,
+    writes_answers,
 )
 from jobs.chain import JobKind, Journal
 from jobs.config import RunConfig, read_resolved_config
@@ -32,14 +36,14 @@ from jobs.exit_code import ExitCode
 from jobs.failures import account_for_failure, account_for_silent_end, exit_code_of, newest_step, report_failure
 from jobs.local import LOG_NAME
 from jobs.ownership import OwnedElsewhereError, take_ownership
-from jobs.preflight import preparation_request
+from jobs.preflight import rows_request
 from jobs.queue import SlurmError, call, live_jobs
 from jobs.report import write_report
 from jobs.requeue import StopReason, requeue, wait_for_the_end, why_stopped
 from jobs.snapshot import in_snapshot, read_manifest
 from jobs.standstill import MAX_STARTS_WITHOUT_PROGRESS, stands_still
 from mixture.dataset_modules import ModuleFile
-from mixture.prepare import PreparedData, prepare, prepared_folder
+from mixture.prepare import PreparationRequest, PreparedData, prepare, prepared_folder
 from mixture.recipe import Mixture
 from mixture.whole_files import write_whole
 from training.checkpoints import newest_valid
@@ -48,9 +52,6 @@ from training.run import FinetuningRun
 from training.run_folder import RunFolder, own_job_id
 from training.schedule import Horizon
 from training.stopping import StopRequested, StopSignals, ignore_stop_signals
-
-if TYPE_CHECKING:
-    from distilling.capture import CaptureRequest
 
 BLOCKED_SIGNALS = ("TERM", "USR2")
 """For processes that take seconds until they handle these; they would kill them before."""
@@ -244,16 +245,22 @@ def existing_folder(folder: Path, otherwise: Path) -> Path:
 
 
 def prepare_data(context: JobContext) -> int:
-    """Prepare the data, unless another run has done so already."""
+    """Prepare the data, unless another run has done so already; where a teacher answers it first, mix it only."""
     distillation = context.config.distillation
     if distillation is not None and distillation.teacher != "text":
         check_tokens_in_full(context.config, report)
     mixture = stored_mixture(context)
     if mixture:
         make_mixture(context, mixture)
-    request = preparation_request(context.config, context.module, mixture.output_dir if mixture else None)
-    prepare(request, context.config.data_folder, report)
+    if not writes_answers(context.config):
+        prepare(rows_of_run(context), context.config.data_folder, report)
     return ExitCode.DONE
+
+
+def rows_of_run(context: JobContext) -> PreparationRequest:
+    """The rows of the run as they are."""
+    mixture = stored_mixture(context)
+    return rows_request(context.config, context.module, mixture.output_dir if mixture else None)
 
 
 def stored_mixture(context: JobContext) -> Mixture | None:
@@ -281,29 +288,43 @@ def report(line: str) -> None:
 
 
 def capture_teacher(context: JobContext, signals: StopSignals) -> int:
-    """Capture what is missing of the teacher's cache and nobody else captures."""
-    require_prepared(context)
+    """Have the teacher do what is missing of its work and nobody else does."""
+    if not writes_answers(context.config):
+        require_prepared(context)
     if is_captured(context.run, context.config):
-        report(f"the teacher's cache is complete: {context.cache}")
+        report("the teacher has done its work already")
         return ExitCode.DONE
-    complete = capture_what_is_missing(cache_request(context), context.run, signals, report)
+    complete = work_of_teacher(context, signals)
     if not complete and context.run.stop.exists():
         return ExitCode.STOPPED_EARLY
-    report(f"the teacher's cache {'is complete' if complete else 'is finished by others'}: {context.cache}")
+    report(f"the teacher's work {'is complete' if complete else 'is finished by others'}")
     return ExitCode.DONE
 
 
-def cache_request(context: JobContext) -> CaptureRequest:
-    assert context.cache is not None
-    return capture_request(context.config, context.prepared, context.cache)
+def work_of_teacher(context: JobContext, signals: StopSignals) -> bool:
+    """Capture the cache, or write the answers and prepare the data from them; returns whether all of it is done."""
+    if not writes_answers(context.config):
+        assert context.cache is not None
+        request = capture_request(context.config, context.prepared, context.cache)
+        report(f"teacher's cache: {context.cache}")
+        return capture_what_is_missing(request, context.run, signals, report)
+    answers = answers_request(context.config, rows_of_run(context))
+    report(f"teacher's answers: {answers.folder}")
+    complete = answer_what_is_missing(answers, context.run, signals, report)
+    if complete:
+        prepare(replace(answers.rows, mixture=answers.folder), context.config.data_folder, report)
+    return complete
 
 
 def train_block(context: JobContext, signals: StopSignals) -> int:
     """Train from the newest checkpoint to the next boundary."""
-    require_prepared(context)
+    if not writes_answers(context.config):
+        require_prepared(context)
     if not is_captured(context.run, context.config):
-        report(f"the teacher's cache is not complete; capturing what is missing before training: {context.cache}")
-        if not capture_before_training(cache_request(context), context.run, signals, report):
+        what = "answering" if writes_answers(context.config) else "capturing"
+        report(f"the teacher's work is not complete; {what} what is missing before training")
+        work, is_done = partial(work_of_teacher, context, signals), partial(is_captured, context.run, context.config)
+        if not capture_before_training(work, is_done, context.run):
             return ExitCode.STOPPED_EARLY
     trainer, trainer_run = trainer_of(context.config), run_of_trainer(context, signals)
     try:

@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 
 from jobs.capture_plan import gigabytes
-from jobs.capturing import is_captured, key_of_cache
-from jobs.chain import ONE_JOB, ArrayShape, JobKind, Journal, jobs_needed
+from jobs.capturing import array_shape, is_captured, key_of_answers, key_of_cache, writes_answers
+from jobs.chain import JobKind, Journal, jobs_needed
 from jobs.config import PROJECT, RunConfig, resolved_values
 from jobs.local import run_chain_here, sole_owner
 from jobs.plan import Plan
@@ -19,7 +19,7 @@ from jobs.preflight import CheckedRun
 from jobs.queue import QueuedJob, live_jobs, patiently
 from jobs.snapshot import describe_environment, in_snapshot, read_manifest, snapshot_code, write_manifest
 from jobs.submission import ChainSubmission, Outcome
-from mixture.prepare import PreparedData, prepared_folder
+from mixture.prepare import MIXTURE_MARKER, PreparedData, prepared_folder
 from mixture.whole_files import write_whole
 from settings.typed import changed_keys
 from settings.yaml_tree import ConfigError, Problem, read_config_file
@@ -32,6 +32,7 @@ CHANGEABLE = (
     "training.save_every",
     "distillation.cache.tasks",
     "distillation.cache.gpus_per_task",
+    *(f"distillation.answers.{key}" for key in ("tasks", "gpus_per_task", "batch_size", "shard_rows")),
     *(f"slurm.{key}" for key in ("partition", "time", "warning_s", "cpus_per_task", "mem", "account", "qos")),
     *(f"slurm.{key}" for key in ("constraint", "gpu_id", "setup", "extra")),
 )
@@ -86,6 +87,7 @@ def create_run_folder(run: RunFolder, checked: CheckedRun, data_key: str, report
         **describe_environment(),
         "data_key": data_key,
         "cache_key": key_of_cache(checked.config, data_key),
+        "answers_key": key_of_answers(checked.config, checked.rows),
         "module": module_facts(checked, run),
         "mixture": mixture_facts(checked, run),
         "world_size": checked.world_size,
@@ -141,21 +143,17 @@ def compare_with_stored(run: RunFolder, checked: CheckedRun, data_key: str) -> N
         store_config(run, checked.config)
 
 
-def array_shape(config: RunConfig) -> ArrayShape:
-    """The Slurm array that captures the run's teacher."""
-    if config.distillation is None:
-        return ONE_JOB
-    cache = config.distillation.cache
-    return ArrayShape(tasks=cache.tasks, gpus=cache.gpus_per_task)
-
-
 def remaining_jobs(run: RunFolder, config: RunConfig, data_key: str) -> list[JobKind]:
     """The jobs that finish what is wanted of the run from where it stands."""
     checkpoint, _ = newest_valid(run.checkpoints)
     blocks_left = config.training.num_jobs
     if checkpoint is not None:
         blocks_left -= checkpoint.step // Horizon.of_chain(config.training, checkpoint).block_steps
-    prepared = PreparedData.open(prepared_folder(config.data_folder, data_key)) is not None
+    if writes_answers(config):  # what they are answers to is mixed first, if it is a mixture, and prepared last
+        mixture = read_manifest(run.manifest)["mixture"]
+        prepared = mixture is None or (Path(mixture["folder"]) / MIXTURE_MARKER).is_file()
+    else:
+        prepared = PreparedData.open(prepared_folder(config.data_folder, data_key)) is not None
     jobs = jobs_needed(
         prepared=prepared,
         captured=is_captured(run, config),

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from jobs.capturing import array_shape
 from jobs.chain import JobKind
 from jobs.config import read_resolved_config
 from jobs.exit_code import ExitCode
@@ -134,8 +135,7 @@ def start_process(
 
 def captures_here(run: RunFolder, num_gpus: int) -> int:
     """Processes that capture side by side, each with as many GPUs as the teacher needs."""
-    distillation = read_resolved_config(run.config).distillation
-    return max(1, num_gpus // distillation.cache.gpus_per_task) if distillation else 1
+    return max(1, num_gpus // array_shape(read_resolved_config(run.config)).gpus)
 
 
 def visible_devices(environment: Mapping[str, str]) -> list[str]:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distilling.config import DistillationConfig
+from distilling.identity import answers_folder
 from drafting.config import Eagle3Config, check_family, feature_layers
+from jobs.capturing import key_of_answers
 from jobs.cluster import SilentControllerError, read_partitions
 from jobs.config import PROJECT, RunConfig, read_tree, run_config
 from jobs.distillation_checks import check_cache, check_distillation, find_cache, model_shape, require_weights
@@ -43,13 +45,25 @@ class CheckedRun:
     """What the user should know although nothing is wrong."""
 
     @property
+    def rows(self) -> PreparationRequest:
+        """The rows before a teacher answers them."""
+        return rows_request(self.config, self.module, self.mixture.output_dir if self.mixture else None)
+
+    @property
     def preparation(self) -> PreparationRequest:
         """What the prepare step is asked for."""
         return preparation_request(self.config, self.module, self.mixture.output_dir if self.mixture else None)
 
 
 def preparation_request(config: RunConfig, module: ModuleFile | None, mixture: Path | None) -> PreparationRequest:
-    """The part of the settings that shapes the data, read from a module or from a mixture's folder."""
+    """The part of the settings that shapes the data: the rows, or the teacher's answers to them where it writes any."""
+    rows = rows_request(config, module, mixture)
+    key = key_of_answers(config, rows)
+    return rows if key is None else replace(rows, mixture=answers_folder(config.data_folder, key))
+
+
+def rows_request(config: RunConfig, module: ModuleFile | None, mixture: Path | None) -> PreparationRequest:
+    """The rows of a run as they are, of a module or of a mixture's folder."""
     dataset, tokenizer = config.dataset, config.tokenizer
     if mixture is not None:  # its folder's name says all about its rows
         dataset = replace(dataset, name="mixture", file=None, mixture=None, names=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,43 @@ def prepare_unpacked(run: DistillationRun) -> DistillationRun:
     return replace(run, prepared=prepared.folder, dataset=dataset)
 
 
+def with_vocabulary(model: Path, folder: Path, vocabulary: int) -> Path:
+    """The same model, with or without weights, with a head of another size; new rows are likely tokens."""
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(model, folder)
+    if (model / "model.safetensors").exists():
+        network = AutoModelForCausalLM.from_pretrained(model)
+        old = network.config.vocab_size
+        network.resize_token_embeddings(vocabulary)
+        if vocabulary > old:
+            network.get_output_embeddings().weight.data[old:] = network.get_output_embeddings().weight.data[5]
+        network.save_pretrained(folder)
+    else:
+        config = json.loads((model / "config.json").read_text()) | {"vocab_size": vocabulary}
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["cache", "live"])
+@pytest.mark.parametrize("padded", ["teacher", "student"])
+def test_the_padding_of_either_head_is_left_out(
+    kind: str, padded: str, make_distillation: MakeDistillation, teacher: Path, student: Path, tmp_path: Path
+) -> None:
+    settings = {"teacher": kind, "weight": 1.0, "cache": CacheConfig(k=4096), "divergence": "forward_kl"}
+    plain = make_distillation("plain", **settings)
+    if padded == "teacher":
+        model = TeacherModelConfig(name=str(with_vocabulary(teacher, tmp_path / "padded", 4160)))
+        run = make_distillation("run", **{**settings, "cache": CacheConfig(k=4160), "teacher_model": model})
+        found = first_loss_and_gradients(run, [[0, 1]])
+        assert_close(found, first_loss_and_gradients(plain, [[0, 1]]), tolerance=2e-3)
+    else:
+        wide = with_vocabulary(student, tmp_path / "padded", 4160)
+        run = make_distillation("run", **settings, model={"name": str(wide)})
+        found = first_loss_and_gradients(run, [[0, 1]])
+        assert torch.isfinite(found[""]) and not found["model.embed_tokens.weight"][4096:].any()
+
+
 def test_a_batch_without_a_token_to_learn_gives_zero_and_a_graph(make_distillation: MakeDistillation) -> None:
     for kind in ("cache", "live"):
         found = first_loss_and_gradients(make_distillation(kind.replace(" ", "-"), **SETTINGS[kind]), [[]])
@@ -188,6 +226,15 @@ def test_an_adapter_learns_from_a_teacher_too(make_distillation: MakeDistillatio
     train_to_the_end(chain)
     train_to_the_end(whole)
     assert_identical(final_weights(chain), final_weights(whole))
+
+
+def test_an_adapter_carries_no_map_between_widths(make_distillation: MakeDistillation, student: Path) -> None:
+    whole = make_distillation("whole", teacher="none")
+    train_to_the_end(whole)
+    model = {"name": str(whole.folder.export), "from_scratch": False, "peft": True}
+    run = make_distillation("run", **SETTINGS["hidden states"], model=model)
+    with pytest.raises(ValueError, match=r"the student is 8 wide and the teacher 16(.|\n)*an adapter cannot carry"):
+        distillation.build_model(run, None)
 
 
 def test_a_block_of_other_settings_is_refused(make_distillation: MakeDistillation) -> None:

@@ -85,6 +85,12 @@ def test_a_chain_trains_on_a_mixture_and_a_second_run_reuses_it(recipe: Path, tm
     folders = ["--runs_dir", str(tmp_path / "runs"), "--data_dir", str(tmp_path / "data"), "--cluster", "local"]
     short = ["--training.total_jobs", "1", "--training.epochs_per_job", "1"]
     mixed = ["--dataset.mixture", str(recipe)]
+    dry = train_sh("prepare", TEST_YAML, "--dry-run", *folders, *short, *mixed)
+    assert dry.returncode == 0 and "total" in dry.stdout, dry.stdout + dry.stderr
+    assert not (tmp_path / "data/prepared").exists() and not list((tmp_path / "data").rglob("MIXED"))
+    refused = train_sh("prepare", TEST_YAML, "--total-samples", "5", *folders, *short, *mixed)
+    assert refused.returncode == 64 and "--total-samples: for a recipe of a mixture, and" in refused.stderr
+
     answer = train_sh(TEST_YAML, *folders, *short, *mixed)
     logs = "\n".join(path.read_text() for path in (tmp_path / "runs/test/logs").glob("*"))
     assert answer.returncode == 0, answer.stdout + answer.stderr + logs

@@ -25,8 +25,8 @@ def make_teacher(folder: Path) -> Path:
     return folder
 
 
-def taught_by(teacher: Path, *, shard_tokens: int = 256) -> list[str]:
-    """Options that make configs/test.yaml a distillation, of a dozen shards or so."""
+def taught_by(teacher: Path, *, shard_tokens: int = 48) -> list[str]:
+    """Options that make configs/test.yaml a distillation, of dozens of shards."""
     return [
         *TINY,
         *("--trainer", "distillation", "--distillation.teacher_model.name", str(teacher)),

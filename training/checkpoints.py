@@ -49,7 +49,7 @@ class ResumeTerms:
 
 REMEDY = {
     "fingerprint": "the prepared data changed; restore the dataset settings and files that the chain began with",
-    "objective": "restore finetuning.objective, or all of the section of its trainer",
+    "objective": "restore finetuning.objective, or the section of the trainer that the chain began with",
     "parameters": "what is trained changed; restore model.name, model.peft, model.peft_method and model.lora",
     "batch_size": "restore training.batch_size",
     "gradient_accumulation": "restore training.gradient_accumulation",
