@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from distilling.config import DistillationConfig, TeacherModelConfig
+from drafting.config import Eagle3Config, target_problems
 from mixture.config import DatasetConfig
 from mixture.render import Objective
 from settings.typed import build, leaves
@@ -21,7 +22,7 @@ from training.config import EvaluationConfig, FinetuningConfig, ModelConfig, Tra
 PROJECT = Path(__file__).resolve().parent.parent
 """The folder with train.sh: relative paths to runs, data and dataset modules start here."""
 
-TrainerName = Literal["finetuning", "distillation"]
+TrainerName = Literal["finetuning", "distillation", "eagle3"]
 """Each trainer has a section of its name, which only its runs have."""
 
 SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key|credentials?)$", re.IGNORECASE)
@@ -175,6 +176,7 @@ class RunConfig:
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
     distillation: DistillationConfig | None = None
+    eagle3: Eagle3Config | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
@@ -357,6 +359,11 @@ def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
                 problems.append(
                     Problem(tree.place(("model", key)), f"model.{key} is read only where model.peft is true")
                 )
+    if config.eagle3 is not None:
+        problems += [
+            Problem(tree.place(tuple(problem.partition(":")[0].split("."))), problem)
+            for problem in target_problems(config.model, config.training)
+        ]
     if config.dataset.mask_rationale and config.distillation is not None and config.distillation.teacher == "text":
         problems.append(
             Problem(

@@ -23,12 +23,10 @@ Collect = Callable[..., Any]
 
 
 def require_weights(teacher: str) -> None:
-    """Raise ValueError where a local teacher is only a config."""
+    """Raise ValueError where a local teacher or target is only a config."""
     folder = Path(teacher)
     if folder.is_dir() and not any(file.suffix in WEIGHTS_SUFFIXES for file in folder.iterdir()):
-        raise ValueError(
-            f"the folder {folder} has no weights (*.safetensors), and a teacher must have learned something"
-        )
+        raise ValueError(f"the folder {folder} has no weights (*.safetensors), and nothing can be learned from it")
 
 
 def find_cache(folder: str, config_folder: Path) -> str:

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any, cast, get_args
 
 from distilling.run import DistillationRun
+from drafting.run import Eagle3Run
 from jobs.capturing import (
     answer_what_is_missing,
     answers_request,
@@ -379,7 +380,7 @@ def trainer_of(config: RunConfig) -> ModuleType:
     return importlib.import_module(config.trainer)  # torch and transformers: seconds, and not all jobs need them
 
 
-def run_of_trainer(context: JobContext, signals: StopSignals) -> FinetuningRun | DistillationRun:
+def run_of_trainer(context: JobContext, signals: StopSignals) -> FinetuningRun | DistillationRun | Eagle3Run:
     """What the run's trainer is given."""
     config = context.config
     shared: dict[str, Any] = {
@@ -395,6 +396,8 @@ def run_of_trainer(context: JobContext, signals: StopSignals) -> FinetuningRun |
     }
     if config.distillation is not None:
         return DistillationRun(**shared, distillation=config.distillation, cache=context.cache)
+    if config.eagle3 is not None:
+        return Eagle3Run(**shared, eagle3=config.eagle3)
     return FinetuningRun(**shared, finetuning=config.finetuning)
 
 

@@ -6,9 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from drafting.config import count_draft_parameters
 from jobs.capture_plan import PlannedCapture, plan_capture
 from jobs.capturing import folder_of_cache, has_capture, key_of_cache
 from jobs.config import RunConfig
+from jobs.distillation_checks import model_shape
 from jobs.preflight import CheckedRun
 from mixture.prepare import PreparedData, SplitStats, data_key, prepared_folder
 from training.schedule import Horizon, chain_learning_rate
@@ -59,7 +61,7 @@ def plan_run(run: CheckedRun) -> Plan:
     prepared = PreparedData.open(prepared_folder(run.config.data_folder, key))
     train = prepared.splits["train"] if prepared else None
     horizon = Horizon.of(training, num_rows=train.packs, world_size=run.world_size) if train else None
-    parameters = count_parameters(run.config.model.name)
+    parameters = trained_parameters(run.config)
     slurm = run.config.slurm
     max_gpu_hours = None
     if run.cluster == "slurm" and slurm.gpus_per_node and slurm.time_limit_minutes:
@@ -106,6 +108,14 @@ def plan_block(run: CheckedRun, horizon: Horizon | None, number: int) -> Planned
         return chain_learning_rate(step, peak=training.lr, training=training, horizon=horizon)
 
     return PlannedBlock(number=number, epochs=epochs, steps=(first, last), learning_rates=(rate(first), rate(last - 1)))
+
+
+def trained_parameters(config: RunConfig) -> int | None:
+    """Parameters of what is trained, the base of an adapter included; None where config.json does not tell."""
+    if config.eagle3 is None:
+        return count_parameters(config.model.name)
+    shape = model_shape(config.model.name)
+    return count_draft_parameters(shape, draft_vocabulary=config.eagle3.draft_vocabulary) if shape else None
 
 
 def count_parameters(model: str) -> int | None:

@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 from distilling.config import DistillationConfig
 from distilling.identity import answers_folder
+from drafting.config import Eagle3Config, check_family, feature_layers
 from jobs.capturing import key_of_answers
 from jobs.cluster import SilentControllerError, read_partitions
 from jobs.config import PROJECT, RunConfig, read_tree, run_config
-from jobs.distillation_checks import check_cache, check_distillation, find_cache, require_weights
+from jobs.distillation_checks import check_cache, check_distillation, find_cache, model_shape, require_weights
 from jobs.local import visible_devices
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile, check_module, resolve_module
@@ -133,6 +134,9 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
     if distillation is not None:
         model = replace(config.model, name=name or config.model.name, tokenizer=tokenizer)
         check_distillation(replace(config, model=model, distillation=distillation), collect)
+    if config.eagle3 is not None and name is not None:
+        collect("model.name", check_target, name)
+        collect("eagle3.layers", check_feature_layers, config.eagle3, name)
     if problems:
         raise ConfigError(problems)
 
@@ -348,12 +352,30 @@ def check_partition(wanted: str | None, limit_minutes: int | None) -> None:
             )
 
 
+def check_target(target: str) -> None:
+    """Raise ValueError for a local model that no draft head can be trained for."""
+    if model_type := model_shape(target).get("model_type"):
+        check_family(model_type)
+    require_weights(target)
+
+
+def check_feature_layers(eagle3: Eagle3Config, target: str) -> None:
+    """Raise ValueError for layers that a local target does not have."""
+    if depth := model_shape(target).get("num_hidden_layers"):
+        feature_layers(eagle3.layers, depth=depth)
+
+
 def context_notes(config: RunConfig) -> list[str]:
-    """A word where rows may be longer than the positions the model was made for."""
+    """A word where rows may be longer than the positions of the model, or shorter than those of a draft's target."""
     file = Path(config.model.name) / "config.json"
     if not file.is_file():
         return []
     positions = json.loads(file.read_text(encoding="utf-8")).get("max_position_embeddings")
+    if positions is not None and config.eagle3 is not None and config.dataset.max_length < positions:
+        return [
+            f"the draft learns from rows of up to {config.dataset.max_length} tokens and its target takes {positions}: "
+            "far beyond that length its guesses are worth less; raise dataset.max_length if it is served there"
+        ]
     if positions is None or config.dataset.max_length <= positions:
         return []
     return [f"dataset.max_length is {config.dataset.max_length}, and the model was made for {positions} positions"]

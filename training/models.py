@@ -109,13 +109,23 @@ def where_tried(name: str) -> str:
     return f"Tried the folder {folder}, {found}, and the hub{offline}."
 
 
-def load_weights(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
+def load_frozen_model(model: ModelConfig) -> PreTrainedModel:
+    """The model with its trained weights, on the CPU, in the precision of its forward pass: to be read, not trained."""
+    register_varlen_attention()
+    network = load_weights(model, load_model_config(model), dtype=precision(model))
+    if model.attention == "varlen":
+        check_packable(network)
+    return network.requires_grad_(False).eval()
+
+
+def load_weights(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The trained weights; unless told otherwise in float32, and as the base of an adapter in `precision(model)`."""
     try:
         return AutoModelForCausalLM.from_pretrained(
             model.name,
             config=config,
             revision=model.revision,
-            dtype=precision(model) if model.peft else torch.float32,
+            dtype=dtype or (precision(model) if model.peft else torch.float32),
             attn_implementation=model.attention,
             trust_remote_code=model.trust_remote_code,
             quantization_config=four_bits(model) if model.peft_method == "qlora" and model.peft else None,
