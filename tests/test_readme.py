@@ -53,6 +53,7 @@ def test_the_readme_is_short_and_every_command_in_it_has_a_test() -> None:
         "./train.sh resume gsm8k",
         "./train.sh extend gsm8k --jobs 2 --lr-policy rewarm",
         "./train.sh doctor configs/gsm8k.yaml",  # test_the_doctor_looks_at_this_machine
+        "./train.sh configs/eagle3_test.yaml",  # test_the_model_of_the_first_command_gets_a_draft_head
         "./train.sh configs/distillation_test.yaml",  # test_the_model_of_the_first_command_teaches_another
         "./train.sh plan configs/distillation.yaml",  # test_a_teacher_is_planned_for_examined_and_captured
         "./train.sh doctor configs/distillation.yaml",
@@ -79,6 +80,12 @@ def test_the_model_of_the_first_command_teaches_another(copy: Path) -> None:
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert (copy / "runs/distillation_test/DONE").exists()
     assert "student before" in answer.stdout
+
+
+def test_the_model_of_the_first_command_gets_a_draft_head(copy: Path) -> None:
+    answer = run(copy, "./train.sh configs/eagle3_test.yaml", "--training.epochs_per_job", "1")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert (copy / "runs/eagle3_test/export/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("verb", ["plan", "doctor", "capture"])
