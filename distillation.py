@@ -64,7 +64,7 @@ def build_trainer(run: DistillationRun, start: BlockStart) -> BlockTrainer:
         start,
         model=model,
         rows=build_data_with_targets(run),
-        compute_loss=loss_function(run, build_teacher(run), parts),
+        compute_loss=loss_function(run, model, build_teacher(run), parts),
         collate=DistillationCollate(weights, has_targets=run.distillation.teacher == "cache"),
         objective=objective(run),
         extra_metrics=parts.take,
@@ -236,16 +236,16 @@ class LossParts:
 
 
 def loss_function(
-    run: DistillationRun, teacher: LiveTeacher | None, parts: LossParts
+    run: DistillationRun, student: torch.nn.Module, teacher: LiveTeacher | None, parts: LossParts
 ) -> Callable[[torch.nn.Module, dict[str, Any], torch.Tensor], torch.Tensor]:
     """`compute_loss` of this run."""
     from distilling.student import loss_settings
 
     settings = loss_settings(run.distillation)
-    students_turn = students_turns(run)
+    students_turn = students_turns(run, student)
 
     def loss(model: torch.nn.Module, batch: dict[str, Any], num_items: torch.Tensor) -> torch.Tensor:
-        written = students_turn(model, batch) if students_turn else None
+        written = students_turn(batch) if students_turn else None
         if written is None:
             return compute_loss(model, batch, num_items, settings=settings, teacher=teacher, parts=parts)
         # The teacher alone says what is right; the micro-batch weighs as much as with its own answers.
@@ -256,7 +256,7 @@ def loss_function(
     return loss
 
 
-def students_turns(run: DistillationRun) -> Callable[[Any, dict[str, Any]], dict[str, Any] | None] | None:
+def students_turns(run: DistillationRun, student: Any) -> Callable[[dict[str, Any]], dict[str, Any] | None] | None:
     """What writes a micro-batch's answers anew where it is the student's turn, and gives None where it is not.
 
     Turns and answers are drawn from torch's random state, which checkpoints keep.
@@ -274,15 +274,13 @@ def students_turns(run: DistillationRun) -> Callable[[Any, dict[str, Any]], dict
             "distillation.on_policy: a student whose weights are spread over processes cannot write answers here; "
             "leave out training.arguments.fsdp and deepspeed, or set distillation.on_policy.share: 0"
         )
-    tokenizer = build_tokenizer(run)
+    stops = stop_token_ids(student, build_tokenizer(run))
 
-    def written(model: Any, batch: dict[str, Any]) -> dict[str, Any] | None:
+    def written(batch: dict[str, Any]) -> dict[str, Any] | None:
         if torch.rand(()) >= config.share:
             return None
-        network = getattr(model, "module", model)
-        return students_answers(
-            network, stop_token_ids(network, tokenizer), batch, config, max_length=run.dataset.max_length
-        )
+        # The student itself, not what wraps it for training on several processes.
+        return students_answers(student, stops, batch, config, max_length=run.dataset.max_length)
 
     return written
 

@@ -82,7 +82,7 @@ def first_loss_and_gradients(run: DistillationRun, batches: list[list[int]]) -> 
     model = distillation.build_model(run, None)
     rows = distillation.build_data_with_targets(run)
     collate = DistillationCollate({}, has_targets=run.distillation.teacher == "cache")
-    compute = distillation.loss_function(run, distillation.build_teacher(run), distillation.LossParts())
+    compute = distillation.loss_function(run, model, distillation.build_teacher(run), distillation.LossParts())
     made = [collate([rows[index] for index in batch]) for batch in batches]
     num_items = torch.tensor(sum(int((batch["labels"] != -100).sum()) for batch in made))
     loss = sum((compute(model, batch, num_items) for batch in made), torch.zeros(()))
