@@ -75,7 +75,6 @@ def rows_request(config: RunConfig, module: ModuleFile | None, mixture: Path | N
         revision=tokenizer.revision,
         trust_remote_code=tokenizer.trust_remote_code,
         objective=config.objective,
-        seed=config.seed,
     )
 
 

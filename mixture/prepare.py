@@ -59,7 +59,6 @@ class PreparationRequest:
     revision: str | None = None
     trust_remote_code: bool = False
     objective: Objective
-    seed: int
 
     def __post_init__(self) -> None:
         if self.module is None and self.mixture is None:
@@ -136,7 +135,6 @@ def data_key(request: PreparationRequest) -> str:
         "rows": rows_identity(request),
         "tokenizer": tokenizer_identity(request),
         "objective": request.objective,
-        "seed": request.seed,
     }
     return xxhash.xxh3_64_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS, default=str))
 

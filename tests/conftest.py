@@ -78,7 +78,6 @@ def prepared_sums(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, su
         module=sums_module,
         tokenizer=str(tiny_model),
         objective="sft",
-        seed=1,
     )
     return prepare(request, tmp_path_factory.mktemp("data"), lambda line: None)
 

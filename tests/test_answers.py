@@ -75,7 +75,7 @@ def make_mixture(folder: Path, *stages: list[dict[str, Any]]) -> Path:
 
 def rows_of(mixture: Path, model: Path, *, objective: Any = "sft", **dataset: Any) -> PreparationRequest:
     config = DatasetConfig(**{"mixture": "recipe.yaml", "max_length": 200, **dataset})
-    return PreparationRequest(dataset=config, mixture=mixture, tokenizer=str(model), objective=objective, seed=1)
+    return PreparationRequest(dataset=config, mixture=mixture, tokenizer=str(model), objective=objective)
 
 
 @pytest.fixture
@@ -227,7 +227,6 @@ def test_answers_to_the_rows_of_a_module_are_learned_and_its_test_rows_still_sco
         module=sums_module,
         tokenizer=str(writer),
         objective="sft",
-        seed=1,
     )
     answers = AnswersConfig(max_new_tokens=8, keep_unfinished=True)
     teacher = TeacherModelConfig(name=str(writer))

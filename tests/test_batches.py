@@ -126,7 +126,6 @@ def test_a_chain_trains_the_stages_of_a_mixture_in_order_and_resumes_exactly(
         mixture=mixture,
         tokenizer=str(tiny_model),
         objective="sft",
-        seed=1,
     )
     prepared = prepare(request, tmp_path, lambda line: None)
     seen: list[int] = []

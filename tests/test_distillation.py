@@ -120,9 +120,7 @@ def prepare_unpacked(run: DistillationRun) -> DistillationRun:
     from mixture.prepare import PreparationRequest, prepare
 
     dataset = replace(run.dataset, packing=False)
-    request = PreparationRequest(
-        dataset=dataset, module=run.module, tokenizer=run.model.name, objective="sft", seed=run.seed
-    )
+    request = PreparationRequest(dataset=dataset, module=run.module, tokenizer=run.model.name, objective="sft")
     prepared = prepare(request, run.folder.path.parent / "unpacked", lambda line: None)
     return replace(run, prepared=prepared.folder, dataset=dataset)
 

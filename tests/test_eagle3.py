@@ -73,7 +73,6 @@ def told_sums(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pre
         module=ModuleFile(path),
         tokenizer=str(tiny_model),
         objective="sft",
-        seed=1,
     )
     return prepare(request, tmp_path_factory.mktemp("told_data"), lambda line: None, workers=1)
 

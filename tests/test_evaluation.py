@@ -88,7 +88,6 @@ def test_one_batch_is_learnt_by_heart_and_recited_in_padded_batches_as_alone(
         module=sums_module,
         tokenizer=model_folder,
         objective="sft",
-        seed=1,
     )
     prepared = prepare(three_rows, tmp_path / "data", lambda line: None)
     training = {"lr": 3e-3, "epochs_per_job": 100, "log_every": 1, "warmup": 5}

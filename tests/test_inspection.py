@@ -29,7 +29,6 @@ def make_request(folder: Path, text: str = MODULE, **dataset) -> PreparationRequ
         module=ModuleFile(folder / "mine.py"),
         tokenizer=str(folder / "tokenizer"),
         objective="sft",
-        seed=1,
     )
 
 

@@ -492,7 +492,6 @@ def test_a_mixture_can_be_trained_on(kitchen: Kitchen, tiny_model: Path) -> None
         mixture=result.folder,
         tokenizer=str(tiny_model),
         objective="sft",
-        seed=1,
     )
     train = prepare(request, kitchen.folder / "data", lambda line: None).splits["train"]
     assert train is not None

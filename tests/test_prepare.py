@@ -39,9 +39,7 @@ def make_request(folder: Path, text: str = MODULE, **dataset) -> PreparationRequ
     module = folder / "sums.py"
     module.write_text(text)
     config = DatasetConfig(name="sums", max_length=dataset.pop("max_length", 128), **dataset)
-    return PreparationRequest(
-        dataset=config, module=ModuleFile(module), tokenizer=str(tokenizer), objective="sft", seed=1
-    )
+    return PreparationRequest(dataset=config, module=ModuleFile(module), tokenizer=str(tokenizer), objective="sft")
 
 
 def silent(line: str) -> None:
@@ -149,7 +147,6 @@ def test_the_key_changes_with_everything_that_shapes_the_data(tmp_path):
     base = make_request(tmp_path, data_files=str(data))
     keys = [data_key(base)]
     for changed in (
-        replace(base, seed=2),
         replace(base, objective="pretrain"),
         *(
             replace(base, dataset=replace(base.dataset, **change))
@@ -202,7 +199,7 @@ def test_the_key_needs_no_heavy_imports(tmp_path):
         "import sys; from pathlib import Path; from mixture.config import DatasetConfig\n"
         "from mixture.dataset_modules import ModuleFile; from mixture.prepare import *\n"
         f"module = ModuleFile(Path({str(request.module.path)!r})); dataset = DatasetConfig(name='sums')\n"
-        f"request = dict(dataset=dataset, module=module, tokenizer={request.tokenizer!r}, objective='sft', seed=1)\n"
+        f"request = dict(dataset=dataset, module=module, tokenizer={request.tokenizer!r}, objective='sft')\n"
         "data_key(PreparationRequest(**request))\n"
         "assert PreparedData.open(Path('nowhere')) is None\n"
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])\n"

@@ -154,7 +154,6 @@ def make_request(folder: Path, **dataset) -> PreparationRequest:
         module=ModuleFile(folder / "sums.py"),
         tokenizer=str(folder / "tokenizer"),
         objective="sft",
-        seed=1,
     )
 
 
