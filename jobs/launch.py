@@ -12,7 +12,7 @@ import yaml
 from jobs.capture_plan import gigabytes
 from jobs.capturing import array_shape, is_captured, key_of_answers, key_of_cache, writes_answers
 from jobs.chain import JobKind, Journal, jobs_needed
-from jobs.config import PROJECT, RunConfig, resolved_values
+from jobs.config import PROJECT, RunConfig, read_resolved_config, resolved_values
 from jobs.local import run_chain_here, sole_owner
 from jobs.plan import Plan
 from jobs.preflight import CheckedRun
@@ -22,7 +22,7 @@ from jobs.submission import ChainSubmission, Outcome
 from mixture.prepare import MIXTURE_MARKER, PreparedData, prepared_folder
 from mixture.whole_files import write_whole
 from settings.typed import changed_keys
-from settings.yaml_tree import ConfigError, Problem, read_config_file
+from settings.yaml_tree import ConfigError, Problem
 from training.checkpoints import newest_valid
 from training.run_folder import RunFolder
 from training.schedule import Horizon
@@ -124,7 +124,8 @@ def store_config(run: RunFolder, config: RunConfig) -> None:
 
 def compare_with_stored(run: RunFolder, checked: CheckedRun, data_key: str) -> None:
     """Refuse another training under the same name; take over settings that only ask for other machines."""
-    changes = changed_keys(read_config_file(run.config).values, resolved_values(checked.config))
+    # Through the settings of today: a key that has come since stands at its default.
+    changes = changed_keys(resolved_values(read_resolved_config(run.config)), resolved_values(checked.config))
     refused = [change for change in changes if not change[0].startswith(CHANGEABLE)]
     manifest = read_manifest(run.manifest)
     if not refused and manifest["data_key"] != data_key:

@@ -66,6 +66,17 @@ def test_a_finished_run_says_so_and_trains_no_more(finished: RunFolder) -> None:
     assert finished.evaluation.stat().st_mtime_ns == before
 
 
+def test_a_run_made_before_a_setting_existed_is_still_the_same_run(finished: RunFolder) -> None:
+    stored = finished.config.read_text()
+    older = stored.replace("  mask_rationale: false\n", "")
+    assert older != stored
+    finished.config.write_text(older)
+    answer = train_sh(TEST_YAML, *here(finished.path.parent.parent))
+    finished.config.write_text(stored)
+    assert answer.returncode == 0
+    assert "run test is finished" in answer.stdout
+
+
 def test_other_settings_under_the_same_name_are_refused_with_what_changed(finished: RunFolder) -> None:
     answer = train_sh(TEST_YAML, *here(finished.path.parent.parent), "--training.lr", "1e-4")
     assert answer.returncode == 64
