@@ -18,7 +18,7 @@ class DraftMemory:
     """Bytes on one device at the peak of an optimizer step, without what the device's libraries take themselves."""
 
     target: int
-    """Weights of the target that are read: all, or embedding and head where its features are cached."""
+    """Weights of the target that are on the device."""
 
     draft: int
     """Weights, gradients and optimizer."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from drafting.config import FEATURES_FOLDER, NUM_FEATURES, embedding_parameters
 from drafting.memory import DraftMemory, draft_memory
 from drafting.vocabulary import FIRST_GUESS
-from jobs.capture_plan import gigabytes
+from jobs.capture_plan import free_bytes, gigabytes
 from jobs.config import RunConfig
 from jobs.distillation_checks import file_at_hand, model_shape
 from mixture.prepare import PreparedData
@@ -38,6 +40,24 @@ class PlannedDraft:
     data_bytes: int | None
     """Of the prepared data; None until there is some."""
 
+    features: PlannedFeatures | None
+    """The target's cached features; None where a live target gives them, or its config.json is not at hand."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedFeatures:
+    """The target's hidden states of all data, as they lie on the disk."""
+
+    token_bytes: int
+    missing_bytes: int | None
+    """Still to be written, as if none were there yet; None until the data is prepared."""
+
+    free_bytes: int
+
+    @property
+    def fit(self) -> bool:
+        return self.missing_bytes is None or self.missing_bytes <= self.free_bytes
+
 
 def plan_draft(
     config: RunConfig,
@@ -51,12 +71,15 @@ def plan_draft(
     if eagle3 is None:
         return None
     tokens = config.training.batch_size * config.dataset.max_length
+    shape = model_shape(config.model.name)
+    if target_parameters is not None and eagle3.features == "cached":
+        target_parameters = embedding_parameters(shape)
 
     def memory(recomputes_steps: bool) -> DraftMemory | None:
         if target_parameters is None:
             return None
         return draft_memory(
-            model_shape(config.model.name),
+            shape,
             target_parameters=target_parameters,
             draft_vocabulary=eagle3.draft_vocabulary,
             steps=eagle3.steps,
@@ -71,7 +94,8 @@ def plan_draft(
         tokens=tokens,
         memory=memory(config.training.gradient_checkpointing),
         memory_recomputed=memory(True),
-        data_bytes=folder_bytes(prepared.folder) if prepared else None,
+        data_bytes=data_bytes(prepared.folder) if prepared else None,
+        features=plan_features(config, shape, prepared, number_bytes(config, device_type)),
     )
 
 
@@ -81,8 +105,27 @@ def number_bytes(config: RunConfig, device_type: Literal["cuda", "cpu"]) -> int:
     return 4 if is_wide else 2
 
 
-def folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def data_bytes(prepared: Path) -> int:
+    """Disk of prepared data, without the features that lie beside them."""
+    files = [file for file in prepared.rglob("*") if file.is_file() and FEATURES_FOLDER not in file.parts]
+    return sum(file.stat().st_size for file in files)
+
+
+def plan_features(
+    config: RunConfig, shape: Mapping[str, Any], prepared: PreparedData | None, bytes_of_number: int
+) -> PlannedFeatures | None:
+    """What cached features take of the disk."""
+    assert config.eagle3 is not None
+    if config.eagle3.features == "live" or not shape:
+        return None
+    token_bytes = (NUM_FEATURES + 1) * shape["hidden_size"] * bytes_of_number
+    missing = None
+    if prepared is not None:
+        has_some = (prepared.folder / FEATURES_FOLDER).is_dir()
+        tokens = sum(split.tokens for split in prepared.splits.values() if split)
+        # Whether those that are there are of this target is known to the block, which reads its weights.
+        missing = None if has_some else tokens * token_bytes
+    return PlannedFeatures(token_bytes=token_bytes, missing_bytes=missing, free_bytes=free_bytes(config.data_folder))
 
 
 def draft_lines(plan: PlannedDraft) -> list[str]:
@@ -102,6 +145,12 @@ def draft_lines(plan: PlannedDraft) -> list[str]:
                 f"  {gigabytes(plan.memory_recomputed.total)} with training.gradient_checkpointing; fewer tokens "
                 "(training.batch_size, dataset.max_length) take less too"
             )
+    if plan.features is not None:
+        size = "" if plan.features.missing_bytes is None else f": {gigabytes(plan.features.missing_bytes)}"
+        lines.append(
+            f"target's features on the disk, {plan.features.token_bytes:,} bytes a token{size}; "
+            f"{gigabytes(plan.features.free_bytes)} are free there, as far as no quota says less"
+        )
     if plan.data_bytes is not None:
         lines.append(f"prepared data: {gigabytes(plan.data_bytes)}")
     return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from drafting.target import Target
 from drafting.vocabulary import DraftVocabulary
 from jobs.config import PROJECT
 from jobs.draft_plan import draft_lines, supervised_preview
+from jobs.launch import refuse_full_disk
 from jobs.plan import plan_run
 from jobs.preflight import check_run
 from mixture.prepare import prepare
@@ -146,3 +148,28 @@ def test_the_check_tells_memory_and_shows_what_is_supervised_once_there_is_data(
 def test_the_preview_says_how_to_get_one(file: Path, tmp_path: Path) -> None:
     checked = check_run(file, ["--data_dir", str(tmp_path)])
     assert "./train.sh prepare FILE" in str(supervised_preview(checked.config, None))
+
+
+def test_cached_features_are_told_by_their_size_and_take_the_target_s_layers_off_the_device(
+    file: Path, tmp_path: Path
+) -> None:
+    cached = check_run(file, ["--data_dir", str(tmp_path), "--eagle3.features", "cached"])
+    data = prepare(cached.preparation, tmp_path, lambda line: None, workers=1)
+    plans = [plan_run(checked).draft for checked in (cached, check_run(file, ["--data_dir", str(tmp_path)]))]
+    with_cache, live = (plan for plan in plans if plan is not None)
+    assert live.features is None
+    assert with_cache.features is not None and with_cache.features.token_bytes == 4 * 320 * 4
+    tokens = sum(split.tokens for split in data.splits.values() if split)
+    assert with_cache.features.missing_bytes == tokens * 4 * 320 * 4
+    assert with_cache.memory is not None and live.memory is not None
+    assert with_cache.memory.target == 4096 * 320 * 4 < live.memory.target
+    assert any("features on the disk, 5,120 bytes a token" in line for line in draft_lines(with_cache))
+
+
+def test_a_run_whose_features_do_not_fit_is_refused_before_it_is_queued(file: Path, tmp_path: Path) -> None:
+    checked = check_run(file, ["--data_dir", str(tmp_path), "--eagle3.features", "cached"])
+    plan = plan_run(checked)
+    assert plan.draft is not None and plan.draft.features is not None
+    full = replace(plan.draft.features, missing_bytes=2 * plan.draft.features.free_bytes)
+    with pytest.raises(ValueError, match=r"eagle3\.features: the target's features will need about .* free there"):
+        refuse_full_disk(replace(plan, draft=replace(plan.draft, features=full)))
