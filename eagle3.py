@@ -49,7 +49,7 @@ def build_trainer(run: Eagle3Run, target: Target, start: BlockStart) -> BlockTra
             f"draft vocabulary: {len(vocabulary)} tokens, {vocabulary.coverage:.2%} of the supervised ones", flush=True
         )
     if run.eagle3.features == "cached":
-        write_features(run, target, start.ranks)
+        prepare_features(run, target, start.ranks)
         target.forget_layers()
     log = AcceptanceLog(run.eagle3.steps)
     rows, collate = rows_and_collate(run, target, "train")
@@ -71,7 +71,7 @@ def build_trainer(run: Eagle3Run, target: Target, start: BlockStart) -> BlockTra
     )
 
 
-def write_features(run: Eagle3Run, target: Target, ranks: Ranks) -> None:
+def prepare_features(run: Eagle3Run, target: Target, ranks: Ranks) -> None:
     """Have the target's hidden states of all data on the disk; what is there already stays."""
     from drafting.features import write_features
     from training.models import precision

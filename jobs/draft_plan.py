@@ -50,7 +50,7 @@ class PlannedFeatures:
 
     token_bytes: int
     missing_bytes: int | None
-    """Still to be written, as if none were there yet; None until the data is prepared."""
+    """Still to be written; None until the data is prepared, and where features of some target lie there already."""
 
     free_bytes: int
 

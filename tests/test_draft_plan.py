@@ -14,7 +14,7 @@ import pytest
 import torch
 from drafting_models import target_config
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from drafting.evaluation import collate_for_draft, unrolled_loss
 from drafting.memory import draft_memory
@@ -173,3 +173,20 @@ def test_a_run_whose_features_do_not_fit_is_refused_before_it_is_queued(file: Pa
     full = replace(plan.draft.features, missing_bytes=2 * plan.draft.features.free_bytes)
     with pytest.raises(ValueError, match=r"eagle3\.features: the target's features will need about .* free there"):
         refuse_full_disk(replace(plan, draft=replace(plan.draft, features=full)))
+
+
+def test_a_target_on_the_hub_is_planned_for_by_the_config_that_the_cache_holds(tmp_path: Path) -> None:
+    model = tmp_path / "models--organisation--model"
+    for file, content in {
+        "refs/main": b"0123abcd",
+        "snapshots/0123abcd/config.json": (PROJECT / "configs/models/small/config.json").read_bytes(),
+    }.items():
+        (model / file).parent.mkdir(parents=True)
+        (model / file).write_bytes(content)
+    script = "from jobs.plan import count_parameters as count; print(count('organisation/model'), count('a/nother'))"
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path)}
+    told = subprocess.run(
+        [sys.executable, "-c", script], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    counted = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(PROJECT / "configs/models/small"))
+    assert told.split() == [str(counted.num_parameters()), "None"]
