@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from drafting.evaluation import AcceptanceLog, HeldOutAcceptance
     from drafting.model import DraftModel
     from drafting.target import Target
+    from training.batches import Collate, PackedDataset
     from training.trainer import BlockTrainer
 
 
@@ -39,7 +40,7 @@ def train(run: Eagle3Run) -> BlockResult:
 
 
 def build_trainer(run: Eagle3Run, target: Target, start: BlockStart) -> BlockTrainer:
-    from drafting.evaluation import AcceptanceLog, collate_for_draft
+    from drafting.evaluation import AcceptanceLog
 
     if start.ranks.is_main:
         vocabulary = target.vocabulary
@@ -47,12 +48,16 @@ def build_trainer(run: Eagle3Run, target: Target, start: BlockStart) -> BlockTra
         print(
             f"draft vocabulary: {len(vocabulary)} tokens, {vocabulary.coverage:.2%} of the supervised ones", flush=True
         )
+    if run.eagle3.features == "cached":
+        prepare_features(run, target, start.ranks)
+        target.forget_layers()
     log = AcceptanceLog(run.eagle3.steps)
+    rows, collate = rows_and_collate(run, target, "train")
     return make_trainer(
         run,
         start,
         model=build_model(run, target, start.checkpoint),
-        rows=build_data(run, "train"),
+        rows=rows,
         compute_loss=partial(
             compute_loss,
             target=target,
@@ -61,9 +66,39 @@ def build_trainer(run: Eagle3Run, target: Target, start: BlockStart) -> BlockTra
             log=log,
         ),
         objective=objective(run, target),
-        collate=collate_for_draft,
+        collate=collate,
         extra_metrics=log.take,
     )
+
+
+def prepare_features(run: Eagle3Run, target: Target, ranks: Ranks) -> None:
+    """Have the target's hidden states of all data on the disk; what is there already stays."""
+    from drafting.features import write_features
+    from training.models import precision
+
+    write_features(
+        target,
+        run.model,
+        block.open_prepared(run),
+        precision=precision(run.model),
+        ranks=ranks,
+        report=partial(print, flush=True),
+        # A block that does no more than this has got on all the same.
+        shard_written=lambda: run.folder.record_event("captured", shards=1),
+    )
+
+
+def rows_and_collate(run: Eagle3Run, target: Target, split: str) -> tuple[PackedDataset, Collate]:
+    """The packs of a split, with the target's states where they are cached, and what makes batches of them."""
+    from drafting.evaluation import collate_for_draft
+    from drafting.features import CollateWithStates, FeaturedPacks, FeatureIdentity, features_folder, splits_of
+
+    if run.eagle3.features == "live":
+        return build_data(run, split), collate_for_draft
+    prepared = block.open_prepared(run)
+    folder = features_folder(prepared, FeatureIdentity.of(target, run.model, prepared))
+    features = splits_of(folder, target, prepared)[split]
+    return FeaturedPacks(features), CollateWithStates(collate_for_draft, target.states_width, target.network.dtype)
 
 
 def build_target(run: Eagle3Run) -> Target:
@@ -123,22 +158,25 @@ def block_scores(run: Eagle3Run, target: Target, trainer: BlockTrainer) -> dict[
     """Loss and accepted guesses on the test split, where there is one."""
     if not block.open_prepared(run).splits.get("test"):
         return {}
-    scores = held_out(run, target, trainer.model, trainer.ranks)
+    scores = held_out(run, target, trainer.model, trainer.ranks, *rows_and_collate(run, target, "test"))
     return {"eval_loss": scores.loss, "eval_acceptance_length": scores.all.simulated_length}
 
 
-def held_out(run: Eagle3Run, target: Target, draft: torch.nn.Module, ranks: Ranks) -> HeldOutAcceptance:
+def held_out(
+    run: Eagle3Run, target: Target, draft: torch.nn.Module, ranks: Ranks, rows: PackedDataset, collate: Collate
+) -> HeldOutAcceptance:
     from drafting.evaluation import held_out_acceptance
     from training.models import precision
 
     return held_out_acceptance(
         draft,
         target,
-        build_data(run, "test"),
+        rows,
         step_weights=run.eagle3.step_weights,
         batch_size=run.evaluation.batch_size or run.training.batch_size,
         precision=precision(run.model),
         ranks=ranks,
+        collate=collate,
     )
 
 
@@ -157,13 +195,15 @@ def export(run: Eagle3Run, target: Target, end: Checkpoint) -> None:
 
 def evaluate(run: Eagle3Run) -> dict[str, Any]:
     """Score the newest valid checkpoint and write evaluation.json: accepted guesses by source, told and measured."""
+    from drafting.evaluation import collate_for_draft
+
     ranks = Ranks.of_environment()
     checkpoint = block.checkpoint_to_evaluate(run, ranks)
     target = build_target(run)
     draft = build_model(run, target, checkpoint).to(device_of_process())
     result: dict[str, Any] = {"step": checkpoint.step, "epoch": checkpoint.epoch}
     if block.open_prepared(run).splits.get("test"):
-        result |= held_out(run, target, draft, ranks).as_json()
+        result |= held_out(run, target, draft, ranks, build_data(run, "test"), collate_for_draft).as_json()
         if run.evaluation.limit:
             result |= measured(run, target, draft, ranks)
     if ranks.is_main:

@@ -41,7 +41,8 @@ from mixture.prepare import PreparedData
 from mixture.shards import TokenRow, TokenRows
 from mixture.whole_files import remove_leftovers
 from training.batches import IGNORED, flat_batch
-from training.losses import shape_logits, tokens_per_chunk
+from training.chunks import tokens_per_chunk
+from training.losses import shape_logits
 from training.models import stop_token_ids
 
 # Tensors are named by shape. N positions, V vocabulary, K most probable tokens, M tokens that are always kept,

@@ -10,7 +10,7 @@ import orjson
 import xxhash
 
 from distilling.config import AnswersConfig, CacheConfig, TeacherModelConfig
-from mixture.prepare import text_file_digests
+from training.identity import model_digest, model_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,10 +20,6 @@ FORMAT_VERSION = 1
 
 ANSWERS_FORMAT_VERSION = 1
 """The same for answers that a teacher writes."""
-
-WEIGHTS_SUFFIXES = (".safetensors", ".bin")
-SAMPLED_BLOCKS = 64
-BLOCK_BYTES = 64 << 10
 
 
 # --- the key
@@ -68,34 +64,13 @@ def kept_temperatures(cache: CacheConfig) -> list[float]:
 
 
 def teacher_identity(teacher: TeacherModelConfig) -> Any:
-    """Digests of a local teacher's files, or the hub id and revision.
-
-    Of weights only samples are read, milliseconds for any size: training moves all of them, so it moves the samples.
-    """
-    folder = Path(teacher.name).expanduser()
-    if not folder.is_dir():
-        return [teacher.name, teacher.revision]
-    weights = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS_SUFFIXES)
-    return {**text_file_digests(folder), **{file.name: sampled_digest(file) for file in weights}}
+    """Digests of a local teacher's files, or the hub id and revision."""
+    return model_identity(teacher.name, teacher.revision)
 
 
 def teacher_digest(teacher: TeacherModelConfig) -> str:
     """16 hex digits over `teacher_identity`."""
-    return xxhash.xxh3_64_hexdigest(orjson.dumps(teacher_identity(teacher), option=orjson.OPT_SORT_KEYS))
-
-
-def sampled_digest(path: Path) -> str:
-    """xxh3-128 of a weights file's size, its safetensors header, and evenly spaced blocks of it."""
-    size = path.stat().st_size
-    digest = xxhash.xxh3_128(size.to_bytes(8, "little"))
-    with path.open("rb") as file:
-        if path.suffix == ".safetensors":
-            header_bytes = int.from_bytes(file.read(8), "little")
-            digest.update(file.read(min(header_bytes, size)))
-        for block in range(SAMPLED_BLOCKS):
-            file.seek(max(size - BLOCK_BYTES, 0) * block // (SAMPLED_BLOCKS - 1))
-            digest.update(file.read(BLOCK_BYTES))
-    return digest.hexdigest()
+    return model_digest(teacher.name, teacher.revision)
 
 
 # --- what a cache was made of

@@ -9,6 +9,9 @@ from typing import Any, Literal
 from training.config import ModelConfig, TrainingConfig
 
 NUM_FEATURES = 3
+FEATURES_FOLDER = "features"
+"""Below prepared data: what targets computed of it, a folder for each target, choice of layers and precision."""
+
 TARGET_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type` of the targets whose draft heads every engine serves, and whose embedding and head are plain."""
 
@@ -31,6 +34,10 @@ class Eagle3Config:
 
     normalised_decay: bool = False
     """Divide the weights of the steps by their sum, so that `steps` and `decay` do not change the scale of the loss."""
+
+    features: Literal["live", "cached"] = "live"
+    """Where the target's hidden states come from. `live`: from the target, at every step anew. `cached`: written once
+    beside the prepared data by the first block, and read from there; the target's layers leave the device."""
 
     draft_vocabulary: int = 32000
     """Tokens that the draft can guess: the most frequent supervised ones of the training data."""
@@ -116,6 +123,11 @@ def count_draft_parameters(target: Mapping[str, Any], *, draft_vocabulary: int) 
     attention = hidden * head_size * (2 * (heads + 2 * (target.get("num_key_value_heads") or heads)) + heads)
     head = hidden * min(draft_vocabulary, target["vocab_size"])
     return NUM_FEATURES * hidden**2 + attention + 3 * hidden * inner + head + 4 * hidden
+
+
+def embedding_parameters(target: Mapping[str, Any]) -> int:
+    """Parameters of a target's embedding and head, which a draft reads even where the target's features are cached."""
+    return int(target["vocab_size"] * target["hidden_size"] * (1 if target.get("tie_word_embeddings") else 2))
 
 
 def target_problems(model: ModelConfig, training: TrainingConfig) -> list[str]:

@@ -13,12 +13,14 @@ import torch
 
 from drafting.acceptance import DEFINITION, Acceptance, supervised_at_steps
 from drafting.decoding import Choice, Decoded, Greedy, Limits, Sampling, decode_plainly, decode_with_draft
+from drafting.features import STATES, cached_states
 from drafting.loss import UnrolledLoss
 from drafting.model import DraftModel, PackedSamples
 from drafting.target import Target
 from drafting.vocabulary import FIRST_GUESS
 from mixture.shards import TokenRow, TokenRows
-from training.batches import IGNORED, Batch, PackedDataset, collate, even_shares
+from training.batches import IGNORED, Batch, Collate, PackedDataset, even_shares
+from training.batches import collate as plain_collate
 from training.distributed import Ranks, gather_on_all, sum_over_ranks
 from training.evaluation import autocast, to_device
 
@@ -31,7 +33,7 @@ MEASURED_DEFINITION = (
 
 def collate_for_draft(packs: Sequence[list[TokenRow]]) -> Batch:
     """The packs' batch without labels on the first two tokens of a sample, which no draft can guess."""
-    batch = collate(packs)
+    batch = plain_collate(packs)
     batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] < FIRST_GUESS, IGNORED)
     return batch
 
@@ -40,8 +42,7 @@ def unrolled_loss(
     draft: torch.nn.Module, target: Target, batch: Batch, *, step_weights: Sequence[float]
 ) -> UnrolledLoss:
     """What the draft loses on a batch, summed over its supervised tokens, and where it guesses what the target says."""
-    boundaries = {key: batch[key] for key in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
-    states = target.read(batch["input_ids"], position_ids=batch["position_ids"], **boundaries)
+    states = cached_states(batch[STATES]) if STATES in batch else target.read_batch(batch)
     return draft(
         states.features_1TF,
         target.embed(batch["input_ids"]),
@@ -122,6 +123,7 @@ def held_out_acceptance(
     batch_size: int,
     precision: torch.dtype,
     ranks: Ranks,
+    collate: Collate = collate_for_draft,
 ) -> HeldOutAcceptance:
     """Loss and accepted guesses on all of `rows`, spread over the processes. Leaves the draft's mode as it was."""
     steps = len(step_weights)
@@ -135,7 +137,7 @@ def held_out_acceptance(
             packs = [rows[index] for index in share]
             if not packs:
                 continue
-            batch = to_device(collate_for_draft(packs), target.device)
+            batch = to_device(collate(packs), target.device)
             result = unrolled_loss(draft, target, batch, step_weights=step_weights)
             loss += result.loss
             tokens += int((batch["labels"] != IGNORED).sum())

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import linear
 
-from training.losses import IGNORED, Head, linear_loss, tokens_per_chunk
+from training.chunks import tokens_per_chunk
+from training.losses import IGNORED, Head, linear_loss
 
 # Tensors are named by shape. I steps, T tokens, N guesses that count, n those of a chunk, U the tokens guessed there,
 # H hidden width, V target vocabulary, D draft vocabulary.

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drafting.config import Eagle3Config, feature_layers
+from drafting.config import NUM_FEATURES, Eagle3Config, feature_layers
 from drafting.loss import Teacher
 from drafting.vocabulary import DraftVocabulary, draft_vocabulary
+from training.batches import Batch
 from training.losses import output_head
 from training.models import load_frozen_model
 
@@ -55,6 +56,20 @@ class Target:
                 input_ids=input_ids_1T, use_cache="past_key_values" in arguments, **arguments
             )
         return TargetStates(torch.cat([features[layer] for layer in self.layers], dim=-1), outputs.last_hidden_state)
+
+    def read_batch(self, batch: Batch) -> TargetStates:
+        """Hidden states of a batch of packed samples."""
+        boundaries = {key: batch[key] for key in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
+        return self.read(batch["input_ids"], position_ids=batch["position_ids"], **boundaries)
+
+    def forget_layers(self) -> None:
+        """Keep embedding and head alone, where all states come from a cache."""
+        self.network.get_decoder().layers = torch.nn.ModuleList()
+
+    @property
+    def states_width(self) -> int:
+        """Values of a token's states together."""
+        return (NUM_FEATURES + 1) * int(self.network.config.get_text_config().hidden_size)
 
     @contextmanager
     def capturing(self) -> Iterator[dict[int, torch.Tensor]]:

@@ -23,6 +23,7 @@ from jobs.capture_plan import capture_lines
 from jobs.capturing import answers_line, writes_answers
 from jobs.config import PROJECT, resolved_values
 from jobs.doctor import run_doctor
+from jobs.draft_plan import draft_lines, supervised_preview
 from jobs.drill import drill, show_drill
 from jobs.exit_code import ExitCode
 from jobs.extend import extend_parser, extend_run, with_stored_extensions
@@ -285,6 +286,10 @@ def check_command(arguments: list[str]) -> int:
         f"{rows_of(checked)}, {'through Slurm' if checked.cluster == 'slurm' else 'on this machine'}.",
         highlight=False,
     )
+    if checked.config.eagle3 is not None:
+        plan = plan_run(checked)
+        show_draft(plan)
+        console.print(supervised_preview(checked.config, plan.prepared))
     return 0
 
 
@@ -542,9 +547,16 @@ def show_plan(checked: CheckedRun, plan: Plan) -> None:
         costs.append(f"at most {plan.max_gpu_hours:,.1f} GPU-hours")
     console.print("; ".join(costs), highlight=False)
     show_capture(plan)
+    show_draft(plan)
     answers = checked.preparation.mixture
     if writes_answers(checked.config) and answers is not None:
         tell(answers_line(checked.config, answers))
+
+
+def show_draft(plan: Plan) -> None:
+    """Print what a draft head takes."""
+    for line in draft_lines(plan.draft) if plan.draft else []:
+        tell(line)
 
 
 def print_json(value: Any) -> None:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from distilling.config import StudentConfig, TeacherModelConfig
-from distilling.identity import WEIGHTS_SUFFIXES, CacheIdentity, capture_progress, manifest_file, teacher_digest
+from distilling.identity import CacheIdentity, capture_progress, manifest_file, teacher_digest
 from distilling.tokenizer_gate import Vocabulary, renders_alike, require_same_tokens
 from jobs.config import PROJECT, RunConfig, TokenizerSource
 from training.config import ModelConfig
+from training.identity import WEIGHTS_SUFFIXES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,10 +62,25 @@ def check_distillation(config: RunConfig, collect: Collect) -> None:
     collect("model.name", check_vocabulary_size, config)
 
 
+def file_at_hand(model: str, name: str) -> Path | None:
+    """A file of a model in a folder or in the hub's cache; None where it would have to be downloaded."""
+    if Path(model).is_dir():
+        file = Path(model) / name
+        return file if file.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(model, name)
+    except HFValidationError:  # a folder that is not there
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
 def model_shape(model: str) -> dict[str, Any]:
-    """The config.json of a local model; empty for one on the hub."""
-    file = Path(model) / "config.json"
-    if not file.is_file():
+    """The config.json of a model that is at hand; empty for any other."""
+    file = file_at_hand(model, "config.json")
+    if file is None:
         return {}
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return content

@@ -192,7 +192,14 @@ def submit_chain(
 
 
 def refuse_full_disk(plan: Plan) -> None:
-    """Raise ValueError where the teacher's cache will not fit on its disk."""
+    """Raise ValueError where the teacher's cache, or the features of a draft's target, will not fit on their disk."""
+    features = plan.draft.features if plan.draft else None
+    if features is not None and not features.fit:
+        raise ValueError(
+            f"eagle3.features: the target's features will need about {gigabytes(features.missing_bytes or 0)}, and "
+            f"{gigabytes(features.free_bytes)} are free there; free space, name another data_dir, or use "
+            "eagle3.features: live"
+        )
     capture = plan.capture
     if capture is not None and not capture.fits:
         raise ValueError(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from drafting.config import count_draft_parameters
 from jobs.capture_plan import PlannedCapture, plan_capture
 from jobs.capturing import folder_of_cache, has_capture, key_of_cache
 from jobs.config import RunConfig
 from jobs.distillation_checks import model_shape
-from jobs.preflight import CheckedRun
+from jobs.draft_plan import PlannedDraft, plan_draft
+from jobs.preflight import CheckedRun, visible_gpus
 from mixture.prepare import PreparedData, SplitStats, data_key, prepared_folder
 from training.schedule import Horizon, chain_learning_rate
 
@@ -53,6 +52,9 @@ class Plan:
     capture: PlannedCapture | None
     """The teacher's cache; None where the chain makes none."""
 
+    draft: PlannedDraft | None
+    """What a draft head takes; None where another trainer runs."""
+
 
 def plan_run(run: CheckedRun) -> Plan:
     """The plan for a checked run; sizes that depend on the data are None until it is prepared."""
@@ -77,7 +79,17 @@ def plan_run(run: CheckedRun) -> Plan:
         num_parameters=parameters,
         checkpoint_bytes=checkpoint_bytes(run, parameters),
         capture=plan_of_cache(run.config, key, train),
+        draft=plan_draft(
+            run.config,
+            prepared,
+            target_parameters=count_parameters(run.config.model.name),
+            device_type="cuda" if trains_on_gpus(run) else "cpu",
+        ),
     )
+
+
+def trains_on_gpus(run: CheckedRun) -> bool:
+    return bool(run.config.slurm.gpus_per_node) if run.cluster == "slurm" else visible_gpus() > 0
 
 
 def plan_of_cache(config: RunConfig, data_key: str, train: SplitStats | None) -> PlannedCapture | None:
@@ -123,10 +135,7 @@ def count_parameters(model: str) -> int | None:
 
     Embeddings, attention with grouped keys and values, a gated feed-forward part, and norms.
     """
-    file = Path(model) / "config.json"
-    if not file.is_file():
-        return None
-    shape = json.loads(file.read_text(encoding="utf-8"))
+    shape = model_shape(model)
     try:
         hidden, layers, vocabulary = shape["hidden_size"], shape["num_hidden_layers"], shape["vocab_size"]
         heads, inner = shape["num_attention_heads"], shape["intermediate_size"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.snapshot import read_manifest
 from jobs.status import RunStatus, read_status
-from jobs.status_view import COLUMNS, cells, compared_models, remark
+from jobs.status_view import COLUMNS, accepted_by_source, cells, compared_models, remark
 from mixture.whole_files import write_whole
 from training.run_folder import RunFolder
 
@@ -167,21 +167,25 @@ def evaluation_section(evaluation: dict[str, Any] | None) -> str:
 
 
 def comparison(evaluation: dict[str, Any]) -> str:
-    """A table of the models that were compared, for each category of the test split."""
+    """A table of the models that were compared, for each category of the test split; of a draft, one of its sources."""
+    if by_source := accepted_by_source(evaluation):
+        return score_table("Accepted guesses by source", "source", by_source)
     categories = dict.fromkeys(name for found in evaluation.get("models", {}).values() for name in found)
-    return "".join(comparison_of(category, compared_models(evaluation, category)) for category in categories)
+    compared = {f"Compared on {category}": compared_models(evaluation, category) for category in categories}
+    return "".join(score_table(title, "model", found) for title, found in compared.items())
 
 
-def comparison_of(category: str, models: Sequence[tuple[str, dict[str, float]]]) -> str:
-    columns = list(dict.fromkeys(name for _, found in models for name in found))
-    headings = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in ["model", *columns])
+def score_table(title: str, what: str, found_of: Sequence[tuple[str, dict[str, float]]]) -> str:
+    """A section with a row for each of several things that have scores."""
+    columns = list(dict.fromkeys(name for _, found in found_of for name in found))
+    headings = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in [what, *columns])
     rows = "".join(
-        f"<tr><td>{html.escape(model)}</td>"
-        + "".join(f"<td>{found[name]:.4g}</td>" if name in found else "<td></td>" for name in columns)
+        f"<tr><td>{html.escape(name)}</td>"
+        + "".join(f"<td>{found[score]:.4g}</td>" if score in found else "<td></td>" for score in columns)
         + "</tr>"
-        for model, found in models
+        for name, found in found_of
     )
-    return f"<h2>Compared on {html.escape(category)}</h2><table><tr>{headings}</tr>{rows}</table>"
+    return f"<h2>{html.escape(title)}</h2><table><tr>{headings}</tr>{rows}</table>"
 
 
 def jobs_section(status: RunStatus) -> str:

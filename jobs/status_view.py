@@ -130,17 +130,27 @@ def show_evaluation(evaluation: dict[str, Any], console: Console) -> None:
 
 
 def scores(evaluation: dict[str, Any]) -> list[str]:
-    """The scores of the trained model, one a line, and how others compare, a line each."""
+    """The scores of the trained model, one a line, and how others compare, or each source of a draft, a line each."""
     own = [f"  {name}: {value:.4g}" for name, value in evaluation.items() if isinstance(value, int | float)]
+    others = accepted_by_source(evaluation) or compared_models(evaluation)
     return own + [
-        f"  {model}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in of_all.items())
-        for model, of_all in compared_models(evaluation)
+        f"  {name}: " + ", ".join(f"{score.replace('_', ' ')} {value:.4g}" for score, value in found.items())
+        for name, found in others
     ]
 
 
 def compared_models(evaluation: dict[str, Any], category: str = "all") -> list[tuple[str, dict[str, float]]]:
     """What was measured of each model that the evaluation compares, over one category of the test split."""
     return [(model, found[category]) for model, found in evaluation.get("models", {}).items() if category in found]
+
+
+def accepted_by_source(evaluation: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """The accepted guesses of a draft head, told and measured, over all sources and on each; none for other models."""
+    measured = {"all": evaluation.get("acceptance_length"), **evaluation.get("acceptance_length_by_source", {})}
+    return [
+        (source, {**told, "acceptance_length": measured[source]} if measured.get(source) is not None else told)
+        for source, told in evaluation.get("models", {}).get("draft", {}).items()
+    ]
 
 
 def show_runs(statuses: Sequence[RunStatus], console: Console) -> None:

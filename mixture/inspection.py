@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -113,7 +113,7 @@ def report_row(
         format=detect_format(row).name,
         columns={str(name): described(value) for name, value in row.items()},
         tokens=tokens,
-        segments=[segment for token_row in token_rows for segment in decoded_segments(tokenizer, token_row)],
+        segments=[segment for token_row in token_rows for segment in decoded_segments(tokenizer.decode, token_row)],
         labelled_share=labelled / tokens if tokens else 0.0,
         dropped=", ".join(renderer.dropped) or None,
     )
@@ -124,12 +124,17 @@ def described(value: Any) -> str:
     return f"{type(value).__name__}[{len(value)}]" if hasattr(value, "__len__") else type(value).__name__
 
 
-def decoded_segments(tokenizer: Any, row: TokenRow) -> list[tuple[str, bool]]:
+def decoded_segments(decode: Callable[[list[int]], str], row: TokenRow) -> list[tuple[str, bool]]:
     """Runs of tokens with and without loss, decoded; the first token never carries loss."""
     labelled = [False, *row.loss_mask[1:].tolist()]
     changes = [place for place in range(1, len(labelled)) if labelled[place] != labelled[place - 1]]
     bounds = [0, *changes, len(labelled)]
-    return [(tokenizer.decode(row.input_ids[first:last].tolist()), labelled[first]) for first, last in pairwise(bounds)]
+    return [(decode(row.input_ids[first:last].tolist()), labelled[first]) for first, last in pairwise(bounds)]
+
+
+def marked_text(segments: Sequence[tuple[str, bool]]) -> Text:
+    """Decoded text for a terminal: what carries loss is green, all else dimmed."""
+    return Text.assemble(*((piece, "green" if loss else "dim") for piece, loss in segments))
 
 
 def pickling_error(value: Any) -> str | None:
@@ -151,7 +156,7 @@ def rendered_report(report: DatasetReport) -> RenderableType:
             parts.append(Text(f"{row.tokens} tokens, {row.labelled_share:.0%} with loss"))
             if row.dropped:
                 parts.append(Text(f"dropped: {row.dropped}", style="red"))
-            parts.append(Text.assemble(*((piece, "green" if loss else "dim") for piece, loss in row.segments)))
+            parts.append(marked_text(row.segments))
     for name, error in report.unpicklable.items():
         parts.append(Text(f"{name} cannot be sent to data loading workers: {error}", style="red"))
     parts.append(Text(f"\nscore: {'yes' if report.has_score else 'no'}"))

@@ -6,8 +6,10 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import eagle3
+from drafting import features
 from drafting.config import Eagle3Config
 from drafting.decoding import Greedy, Limits, decode_plainly, decode_with_draft
 from drafting.evaluation import collate_for_draft, held_out_prompts, unrolled_loss
@@ -262,3 +265,135 @@ def test_a_draft_of_a_target_that_can_be_predicted_saves_passes_and_changes_no_t
         drafted = decode_with_draft(target, exported, prompt, Greedy(), limits, chain=chain)
         assert drafted.tokens == plain.tokens
         assert drafted.passes < plain.passes
+
+
+# --- cached features
+
+
+@pytest.fixture
+def own_data(tmp_path: Path, told_sums: PreparedData) -> Path:
+    """A copy of the prepared data that no other test has written features beside."""
+    return Path(shutil.copytree(told_sums.folder, tmp_path / "data"))
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few packs in a shard of features."""
+    monkeypatch.setattr(features, "SHARD_BYTES", 100_000)
+
+
+def shards_of(run: Eagle3Run) -> dict[str, int]:
+    """The shards of all cached features of a run's data, with the moment they were written."""
+    return {path.name: path.stat().st_mtime_ns for path in (run.prepared / "features").rglob("*.safetensors")}
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_three_blocks_on_cached_features_equal_one_uninterrupted_run_with_a_live_target_bit_for_bit(
+    dtype: str, make_run: MakeRun, own_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = {"batch_size": 1, "gradient_accumulation": 4, "log_every": 3}
+    live = make_run("live", model={"dtype": dtype}, training={**training, "epochs_per_job": 3})
+    cached = make_run(
+        "cached", model={"dtype": dtype}, training={**training, "total_jobs": 3}, settings={"features": "cached"}
+    )
+    cached = replace(cached, prepared=own_data)
+    train_to_the_end(live)
+    eagle3.train(cached)
+    shards = shards_of(cached)
+    assert len(shards) > 3
+    bytes_a_token = 4 * 24 * (4 if dtype == "float32" else 2)
+    assert f": {bytes_a_token} bytes a token, " in capsys.readouterr().out
+    train_to_the_end(cached)
+    assert shards_of(cached) == shards, "nothing is written twice"
+    (weights, moments), (expected_weights, expected_moments) = final_state(cached), final_state(live)
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+    for number in expected_moments:
+        assert all(torch.equal(moments[number][name], expected_moments[number][name]) for name in moments[number])
+    for of_live, of_cached in zip(live.folder.metrics(), cached.folder.metrics(), strict=False):
+        if of_live["step"] == of_cached["step"]:
+            assert of_live["loss"] == of_cached["loss"]
+    assert eagle3.evaluate(cached)["loss"] == eagle3.evaluate(live)["loss"]
+
+
+def test_features_of_larger_batches_are_those_of_the_live_target_to_rounding(make_run: MakeRun, own_data: Path) -> None:
+    live = make_run("live")
+    cached = replace(make_run("cached", settings={"features": "cached"}), prepared=own_data)
+    train_to_the_end(live)
+    train_to_the_end(cached)
+    for of_live, of_cached in zip(live.folder.metrics(), cached.folder.metrics(), strict=True):
+        assert of_cached["loss"] == pytest.approx(of_live["loss"], rel=1e-5)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_shard_that_is_cut_short_or_unmarked_is_written_again_and_no_other(make_run: MakeRun, own_data: Path) -> None:
+    run = replace(make_run("first", settings={"features": "cached"}), prepared=own_data)
+    eagle3.train(run)
+    before = shards_of(run)
+    cut, unmarked = sorted((run.prepared / "features").rglob("train-*.safetensors"))[:2]
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:-1])
+    unmarked.with_suffix(".done").unlink()
+    again = replace(make_run("again", settings={"features": "cached"}), prepared=own_data)
+    eagle3.train(again)
+    assert cut.read_bytes() == whole
+    after = shards_of(again)
+    assert {name for name in before if after[name] != before[name]} == {cut.name, unmarked.name}
+
+
+def test_another_target_has_features_of_its_own_and_a_folder_of_others_is_refused(
+    make_run: MakeRun, own_data: Path
+) -> None:
+    run = replace(make_run("run", settings={"features": "cached"}), prepared=own_data)
+    other_layers = replace(make_run("layers", settings={"features": "cached", "layers": [0, 1, 2]}), prepared=own_data)
+    other_target = replace(make_run("target", "qwen3", settings={"features": "cached"}), prepared=own_data)
+    for one in (run, other_layers, other_target):
+        eagle3.train(one)
+    manifests = sorted((own_data / "features").glob("*/manifest.json"))
+    contents = [json.loads(file.read_text()) for file in manifests]
+    assert len(contents) == 3
+    theirs = next(file for file, found in zip(manifests, contents, strict=True) if found["layers"] == [0, 1, 2])
+    mine = next(
+        file
+        for file, found in zip(manifests, contents, strict=True)
+        if found["target"] == run.model.name and file != theirs
+    )
+    shutil.copy(theirs, mine)
+    with pytest.raises(ValueError, match=r"layers: \[0, 1, 2\] and \[2, 3, 4\]"):
+        eagle3.train(replace(make_run("again", settings={"features": "cached"}), prepared=own_data))
+
+
+@pytest.fixture
+def full_data(tmp_path: Path, told_sums: PreparedData) -> Iterator[Path]:
+    """The prepared data on a disk that has little room beside them."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", folder]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"a file system of a few kilobytes needs the right to mount one: {mounted.stderr.strip()}")
+    try:
+        yield Path(shutil.copytree(told_sums.folder, folder / "data"))
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_features_that_the_disk_has_no_room_for_are_refused_before_anything_is_written(
+    make_run: MakeRun, full_data: Path
+) -> None:
+    run = replace(make_run("run", settings={"features": "cached"}), prepared=full_data)
+    with pytest.raises(ValueError, match=r"eagle3.features: the target's features need .* GB more in"):
+        eagle3.train(run)
+    assert not shards_of(run)
+
+
+def test_two_ranks_write_the_features_side_by_side(make_run: MakeRun, own_data: Path) -> None:
+    one = replace(make_run("one", training={"batch_size": 6}, settings={"features": "cached"}), prepared=own_data)
+    two = replace(make_run("two", training={"batch_size": 3}, settings={"features": "cached"}), prepared=own_data)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(train_as_rank, range(2), [two, two]))
+    written = shards_of(two)
+    eagle3.train(one)
+    assert shards_of(one) == written
+    for of_one, of_two in zip(one.folder.metrics(), two.folder.metrics(), strict=True):
+        assert of_two["loss"] == pytest.approx(of_one["loss"], rel=1e-3)

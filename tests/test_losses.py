@@ -21,9 +21,9 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from training import losses
 from training.attention import register_varlen_attention
-from training.losses import LogitShape, linear_cross_entropy, tokens_per_chunk, use_chunked_loss
+from training.chunks import CHUNK_ELEMENTS, tokens_per_chunk
+from training.losses import LogitShape, linear_cross_entropy, use_chunked_loss
 
 SMALL = {
     "vocab_size": 97,
@@ -217,7 +217,7 @@ def test_a_model_trains_as_with_its_own_loss(family: str) -> None:
 def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary, num_tokens = 5000, 600
     model = build(vocab_size=vocabulary)
-    monkeypatch.setitem(losses._CHUNK_ELEMENTS, "cpu", 100 * vocabulary)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 100 * vocabulary)
     use_chunked_loss(model)
     with LargestTensor() as largest:
         model(**rows(1, num_tokens)).loss.backward()

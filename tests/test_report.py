@@ -14,6 +14,8 @@ from jobs.config import PROJECT
 from jobs.plan import plan_run
 from jobs.preflight import check_run
 from jobs.report import MAX_POINTS, report_page, series
+from jobs.status import read_status
+from jobs.status_view import scores as scores_of
 from training.run_folder import RunFolder
 
 
@@ -55,6 +57,22 @@ def test_answers_of_the_model_are_shown_as_text(run: RunFolder) -> None:
     page = report_page(run)
     assert "<script" not in page
     assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;" in page
+
+
+def test_the_guesses_of_a_draft_are_shown_by_source_told_and_measured(run: RunFolder) -> None:
+    told = {"all": 1.75, "ultrachat": 2.5, "<sharegpt>": 1.25}
+    draft = {
+        source: {"simulated_acceptance_length": length, "acceptance_1": length / 4} for source, length in told.items()
+    }
+    scores = {"acceptance_length": 1.5, "acceptance_length_by_source": {"ultrachat": 2.25}, "models": {"draft": draft}}
+    run.evaluation.write_text(json.dumps(scores))
+    page = report_page(run)
+    assert "Accepted guesses by source</h2>" in page and "Compared on" not in page
+    assert "<tr><td>all</td><td>1.75</td><td>0.4375</td><td>1.5</td></tr>" in page
+    assert "<tr><td>ultrachat</td><td>2.5</td><td>0.625</td><td>2.25</td></tr>" in page
+    assert "<tr><td>&lt;sharegpt&gt;</td><td>1.25</td><td>0.3125</td><td></td></tr>" in page
+    status = scores_of(read_status(run).evaluation or {})
+    assert "  ultrachat: simulated acceptance length 2.5, acceptance 1 0.625, acceptance length 2.25" in status
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_closes_its_tags(run: RunFolder) -> None:

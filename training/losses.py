@@ -17,12 +17,11 @@ from torch.nn.functional import linear, pad
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from training.chunks import tokens_per_chunk
+
 # Tensors are named by shape. B rows, T tokens, N supervised tokens, H hidden width, V vocabulary.
 
 IGNORED = -100
-
-# Logits held at once, in elements. More would not run faster on a CPU; a GPU needs large matrices to be busy.
-_CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**26}
 
 
 @dataclass(frozen=True)
@@ -81,12 +80,6 @@ def linear_loss(
         head = Head(head.weight.detach(), None if head.bias is None else head.bias.detach())
     sums: torch.Tensor = _LinearLoss.apply(hidden_NH, *head, chunk_loss, chunk_tokens)
     return sums
-
-
-def tokens_per_chunk(vocabulary: int, hidden: int, *, device_type: str) -> int:
-    """Tokens whose logits are held at once."""
-    # Each chunk costs a pass over the gradient of the whole head, so a wide head needs more tokens to share it.
-    return max(_CHUNK_ELEMENTS.get(device_type, _CHUNK_ELEMENTS["cuda"]) // vocabulary, hidden // 4, 1)
 
 
 class _LinearLoss(torch.autograd.Function):
