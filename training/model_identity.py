@@ -1,0 +1,40 @@
+"""Which model a name stands for: digests of what lies in its folder. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mixture.prepare import text_file_digests
+
+WEIGHTS_SUFFIXES = (".safetensors", ".bin")
+SAMPLED_BLOCKS = 64
+BLOCK_BYTES = 64 << 10
+
+
+def model_identity(name: str, revision: str | None) -> Any:
+    """Digests of a local model's files, or the hub id and revision.
+
+    Of weights only samples are read, milliseconds for any size: training moves all of them, so it moves the samples.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return [name, revision]
+    weights = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS_SUFFIXES)
+    return {**text_file_digests(folder), **{file.name: sampled_digest(file) for file in weights}}
+
+
+def sampled_digest(path: Path) -> str:
+    """xxh3-128 of a weights file's size, its safetensors header, and evenly spaced blocks of it."""
+    size = path.stat().st_size
+    digest = xxhash.xxh3_128(size.to_bytes(8, "little"))
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            header_bytes = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(header_bytes, size)))
+        for block in range(SAMPLED_BLOCKS):
+            file.seek(max(size - BLOCK_BYTES, 0) * block // (SAMPLED_BLOCKS - 1))
+            digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
