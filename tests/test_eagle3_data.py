@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
+import pytest
+from dataset_hub import played_hub
 from tiny_chains import folders
 from tiny_teachers import make_teacher
 
@@ -48,6 +53,53 @@ def prepared(tmp_path: Path, *dataset: str) -> PreparedData:
 
 def samples(data: PreparedData) -> dict[str, int]:
     return {name: split.samples for name, split in data.splits.items() if split is not None}
+
+
+def test_the_recipe_that_comes_along_takes_ultrachat_and_falls_back_from_one_sharegpt_to_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = PROJECT / "configs/mixtures/eagle3.yaml"
+    said = [
+        {
+            "prompt_id": str(number),
+            "messages": [
+                {"role": role, "content": f"{text} {number} of {part}"}
+                for part in range(1 + number % 2)
+                for role, text in (("user", "Question"), ("assistant", "Answer"))
+            ],
+        }
+        for number in range(200)
+    ]
+    parquet = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(said), parquet)
+    # Two pieces of each conversation, which must not be parted by the split.
+    pieces = [{**conversation(number, 2), "id": f"{number}_{piece}"} for number in range(100) for piece in range(2)]
+    for number, row in enumerate(pieces):
+        row["conversations"][0]["value"] += f" Piece {number}."
+    with played_hub(tmp_path / "hub", monkeypatch, tmp_path / "cache") as hub:
+        hub.revisions |= {
+            "8049631c405ae6576f93f445c6b8166f76f5505a",
+            "192ab2185289094fc556ec8ce5ce1e8e587154ca",
+            "6f9b78cc1dd15dbb51d3c51ccc219c558962fd77",
+        }
+        hub.write("HuggingFaceH4/ultrachat_200k/data/train_sft-00000-of-00001.parquet", parquet.getvalue())
+        hub.write("RyokoAI/ShareGPT52K/sg_90k_part1.json", json.dumps(pieces[:100]))
+        hub.write("RyokoAI/ShareGPT52K/sg_90k_part2.json", json.dumps(pieces[100:]))
+        arguments = ["prepare", str(recipe), "--data-dir", str(tmp_path / "data"), "--workers", "1"]
+        output = ["--output-dir", str(tmp_path / "out")]
+        assert main([*arguments, *output]) == ExitCode.DONE
+        hub.asked_for.clear()
+        assert main([*arguments, *output]) == ExitCode.DONE
+        assert not hub.downloads(), "the second time all is there"
+    rows = {
+        split: [json.loads(line) for file in (tmp_path / "out").glob(f"{split}-*.jsonl") for line in file.open()]
+        for split in ("train", "test")
+    }
+    assert {row["source"] for row in rows["train"]} == {"ultrachat", "sharegpt"}
+    assert len(rows["test"]) == round(len(rows["train"]) / 19)
+    assert all(len(row["messages"]) >= 4 for split in rows.values() for row in split)
+    parents = {split: {row["metadata"].get("parent") for row in found} - {None} for split, found in rows.items()}
+    assert parents["train"] and parents["test"] and not parents["train"] & parents["test"]
 
 
 def test_two_files_of_conversations_are_the_train_and_the_test_split(tmp_path: Path) -> None:
