@@ -27,11 +27,12 @@ import pyarrow.parquet as pq
 import xxhash
 
 from distilling.config import CacheKind
-from distilling.identity import FORMAT_VERSION, CacheIdentity, done_file, manifest_file, shard_file
+from distilling.identity import FORMAT_VERSION, CacheIdentity, shard_file
 from distilling.targets import RowTargets
 from mixture.prepare import file_digest
 from mixture.shards import TokenRow
 from mixture.whole_files import whole_file, write_whole
+from training.shard_folder import done_file, manifest_file
 
 # Arrays are named by shape. N positions of a row, K most probable tokens, M tokens that are always kept,
 # T temperatures, D different tokens drawn at all positions of a row together, S tokens given to the student.

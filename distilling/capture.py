@@ -33,17 +33,18 @@ from distilling.cache import (
     sample_hash,
     write_shard,
 )
-from distilling.claims import Claim, InterruptedShardError, work_on_shards
 from distilling.config import CacheConfig, TeacherModelConfig
-from distilling.identity import CacheIdentity, done_file, kept_temperatures
-from distilling.teacher import Teacher, load_teacher, told_of_full_memory
+from distilling.identity import CacheIdentity, kept_temperatures
+from distilling.teacher import Teacher, load_teacher
 from mixture.prepare import PreparedData
 from mixture.shards import TokenRow, TokenRows
 from mixture.whole_files import remove_leftovers
 from training.batches import IGNORED, flat_batch
 from training.chunks import tokens_per_chunk
+from training.claims import Claim, InterruptedShardError, work_on_shards
 from training.losses import shape_logits
-from training.models import stop_token_ids
+from training.models import stop_token_ids, told_of_full_memory
+from training.shard_folder import done_file
 
 # Tensors are named by shape. N positions, V vocabulary, K most probable tokens, M tokens that are always kept,
 # T temperatures, D draws of a position.
@@ -82,7 +83,7 @@ def capture(request: CaptureRequest, report: Report, *, stop_requested: StopRequ
     if found is not None and not unfinished(request.folder, found):
         return True
     prepared = open_prepared(request.prepared)
-    with told_of_full_memory(lower="distillation.cache.batch_tokens"):
+    with told_of_full_memory(lower="distillation.cache.batch_tokens", key="distillation.teacher_model"):
         teacher = load_teacher(request.teacher)
     manifest = agreed_manifest(request, teacher, prepared)
     rows = TokenRows.open(request.prepared, "train")
@@ -234,7 +235,7 @@ class Worker:
         for batch in self.batches(numbers):
             if self.stop_requested() or not claim.is_held():
                 raise InterruptedShardError
-            with told_of_full_memory(lower="distillation.cache.batch_tokens"):
+            with told_of_full_memory(lower="distillation.cache.batch_tokens", key="distillation.teacher_model"):
                 kept_rows = kept_of(self.teacher, batch, self.manifest)
             for row, kept in zip(batch, kept_rows, strict=True):
                 fidelity[row.source] = fidelity.get(row.source, Fidelity()) + fidelity_of(row, kept, self.manifest)

@@ -1,25 +1,22 @@
-"""What a teacher's cache belongs to: the key that names its folder, and how much of it is there. No torch here."""
+"""What a teacher's cache belongs to: the key that names its folder. No torch here."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import orjson
 import xxhash
 
-from distilling.config import AnswersConfig, CacheConfig, TeacherModelConfig
-from training.identity import model_digest, model_identity
+from distilling.config import CacheConfig, TeacherModelConfig
+from training.model_identity import model_digest, model_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT_VERSION = 1
 """Raised whenever the same request gives other files, so that old caches are not taken for new."""
-
-ANSWERS_FORMAT_VERSION = 1
-"""The same for answers that a teacher writes."""
 
 
 # --- the key
@@ -29,7 +26,7 @@ def cache_key(teacher: TeacherModelConfig, cache: CacheConfig, *, data_key: str,
     """16 hex digits over all that shapes a cache: the teacher, the prepared data, and what is kept of each position."""
     parts = {
         "format": FORMAT_VERSION,
-        "teacher": teacher_identity(teacher),
+        "teacher": model_identity(teacher.name, teacher.revision),
         "dtype": teacher.dtype,
         "data": data_key,
         "kind": cache.kind,
@@ -43,33 +40,13 @@ def cache_key(teacher: TeacherModelConfig, cache: CacheConfig, *, data_key: str,
     return xxhash.xxh3_64_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
 
 
-def answers_key(writer: TeacherModelConfig, answers: AnswersConfig, *, data_key: str, seed: int) -> str:
-    """16 hex digits over all that shapes the answers that a model writes: the model, the rows, and how it writes."""
-    parts = {
-        "format": ANSWERS_FORMAT_VERSION,
-        "writer": teacher_identity(writer),
-        "dtype": writer.dtype,
-        "data": data_key,
-        "max_new_tokens": answers.max_new_tokens,
-        "temperature": answers.temperature,
-        "keep_unfinished": answers.keep_unfinished,
-        "seed": seed if answers.temperature else None,
-    }
-    return xxhash.xxh3_64_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
-
-
 def kept_temperatures(cache: CacheConfig) -> list[float]:
     """Temperatures that a cache keeps its sums at: 1, where the kept tokens are, and those that it is to be read at."""
     return sorted({1.0, *cache.temperatures}) if cache.kind == "topk" else [1.0]
 
 
-def teacher_identity(teacher: TeacherModelConfig) -> Any:
-    """Digests of a local teacher's files, or the hub id and revision."""
-    return model_identity(teacher.name, teacher.revision)
-
-
 def teacher_digest(teacher: TeacherModelConfig) -> str:
-    """16 hex digits over `teacher_identity`."""
+    """16 hex digits over the identity of a teacher."""
     return model_digest(teacher.name, teacher.revision)
 
 
@@ -130,45 +107,5 @@ def cache_folder(data_dir: Path, key: str) -> Path:
     return data_dir / "teacher" / key
 
 
-def answers_folder(data_dir: Path, key: str) -> Path:
-    """Where the answers of a key lie. Shards are told and counted as those of a cache."""
-    return data_dir / "answers" / key
-
-
-def manifest_file(folder: Path) -> Path:
-    return folder / "manifest.json"
-
-
 def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.parquet"
-
-
-def done_file(folder: Path, shard: int) -> Path:
-    """The marker of a shard, written last: without it the shard does not exist."""
-    return folder / f"shard-{shard:05d}.done"
-
-
-@dataclass(frozen=True)
-class CaptureProgress:
-    """Shards of a cache that are there."""
-
-    done: int
-    total: int | None
-    """None where no capture has begun yet, so that nobody has counted them."""
-
-
-def capture_progress(folder: Path) -> CaptureProgress:
-    """How much of a cache is there, by its markers."""
-    try:
-        manifest = orjson.loads(manifest_file(folder).read_bytes())
-    except FileNotFoundError:
-        return CaptureProgress(done=0, total=None)
-    total = int(manifest["shards"])
-    present = {file.name for file in folder.glob("shard-*.done")}
-    return CaptureProgress(sum(done_file(folder, shard).name in present for shard in range(total)), total)
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether all shards of a cache are there."""
-    progress = capture_progress(folder)
-    return progress.done == progress.total

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from answering.generation import Draws, Ids, continuations
 from distilling.config import OnPolicyConfig
-from distilling.generation import Draws, Ids, continuations
 from training.batches import IGNORED, Batch, flat_batch
 from training.evaluation import to_device
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distilling.config import TeacherModelConfig
 from training.attention import check_packable, register_varlen_attention
@@ -16,7 +13,7 @@ from training.batches import Batch
 from training.config import ModelConfig
 from training.evaluation import to_device
 from training.losses import Head, LogitShape, check_logits, logit_shape, output_head
-from training.models import precision, where_tried
+from training.models import load_with_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,22 +58,14 @@ def load_teacher(config: TeacherModelConfig, device: torch.device | None = None)
     ValueError where there is none under that name, or its logits are more than a linear head, a scale and a cap.
     """
     register_varlen_attention()
+    model_config = ModelConfig(
+        name=config.name,
+        revision=config.revision,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-        model = AutoModelForCausalLM.from_pretrained(
-            config.name,
-            revision=config.revision,
-            dtype=precision(ModelConfig(name=config.name, dtype=config.dtype)),
-            trust_remote_code=config.trust_remote_code,
-            device_map="auto" if device is None and torch.cuda.is_available() else device,
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"distillation.teacher_model.name: no model with weights and tokenizer that can be read under "
-            f"{config.name!r}. {where_tried(config.name)}\n{error}"
-        ) from error
+        model, tokenizer = load_with_tokenizer(model_config, key="distillation.teacher_model", device=device)
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"distillation.teacher_model: {config.name} does not fit into the memory of {device or 'all GPUs'}: "
@@ -95,16 +84,3 @@ def use_packing(model: PreTrainedModel) -> bool:
         return False
     model.set_attn_implementation("varlen")
     return True
-
-
-@contextmanager
-def told_of_full_memory(*, lower: str) -> Iterator[None]:
-    """What to do where the device has too little memory, as a ValueError; `lower` is the key that helps."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"the teacher does not fit into the memory of this device. Lower {lower}, set "
-            "distillation.teacher_model.dtype: bfloat16, or give each task more GPUs (slurm.gpus_per_node): the "
-            f"teacher is spread over all that a task sees.\n{error}"
-        ) from error

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from answering.config import AnswersConfig
 from training.config import ModelConfig, TrainingConfig
 
 NUM_FEATURES = 3
@@ -54,6 +55,10 @@ class Eagle3Config:
 
     temperature: float = 1.0
     """Of the evaluation that decodes by sampling, beside the greedy one."""
+
+    answers: AnswersConfig | None = None
+    """Before training, the target writes the answers of the training rows anew, and the draft learns from those: they
+    are what it meets where it is served. `{}` takes the defaults below it. Unset: the rows as they are."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -227,19 +227,16 @@ def measured_acceptance(
     greedy = answers(lambda number: Greedy())
     sampled = answers(lambda number: Sampling(temperature, torch.Generator().manual_seed(seed + number)))
     different = divergences(greedy)
-    sources = sorted({answer.prompt.source for answer in greedy})
     return {
         "chain": chain,
         "decoded_prompts": len(greedy),
         "acceptance_length": acceptance_length(greedy),
         "definition_of_acceptance_length": MEASURED_DEFINITION,
-        "acceptance_length_by_source": {
-            source: acceptance_length([answer for answer in greedy if answer.prompt.source == source])
-            for source in sources
-        },
+        "acceptance_length_by_source": acceptance_lengths(greedy),
         "speedup": speedup(greedy),
         "sampling_temperature": temperature,
         "sampling_acceptance_length": acceptance_length(sampled),
+        "sampling_acceptance_length_by_source": acceptance_lengths(sampled),
         "sampling_speedup": speedup(sampled),
         "identical_greedy_answers": len(greedy) - len(different),
         "divergences": different,
@@ -260,6 +257,15 @@ def acceptance_length(answers: Sequence[Answer]) -> float:
     """Tokens for each pass of the target; see MEASURED_DEFINITION."""
     passes = sum(answer.drafted.passes for answer in answers)
     return sum(answer.drafted.tokens_of_passes for answer in answers) / max(passes, 1)
+
+
+def acceptance_lengths(answers: Sequence[Answer]) -> dict[str, float]:
+    """`acceptance_length` of each source."""
+    sources = sorted({answer.prompt.source for answer in answers})
+    return {
+        source: acceptance_length([answer for answer in answers if answer.prompt.source == source])
+        for source in sources
+    }
 
 
 def speedup(answers: Sequence[Answer]) -> float:

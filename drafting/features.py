@@ -37,7 +37,7 @@ from mixture.whole_files import remove_leftovers, whole_file, write_whole
 from training.batches import Batch, Collate, PackedDataset, collate
 from training.distributed import Ranks, failing_together, from_main
 from training.evaluation import autocast, to_device
-from training.identity import model_digest
+from training.model_identity import model_digest
 
 if TYPE_CHECKING:
     from mixture.prepare import PreparedData

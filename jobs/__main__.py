@@ -17,7 +17,6 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
-from distilling.identity import is_complete
 from jobs import launch
 from jobs.capture_plan import capture_lines
 from jobs.capturing import answers_line, writes_answers
@@ -47,7 +46,7 @@ USAGE = """\
 ./train.sh check FILE       find everything wrong with FILE before anything starts
 ./train.sh plan FILE        blocks, steps, learning rates, tokens, GPU-hours, disk
 ./train.sh prepare FILE     make the training data of a run, or a mixture of many sources, here and now
-./train.sh capture FILE     the data and the teacher's cache of a distillation run, no more; --here makes them here
+./train.sh capture FILE     a run's data with the teacher's cache or a model's answers, no more; --here makes them here
 ./train.sh check-dataset FILE   two rows of each split as the trainer will see them
 ./train.sh status [NAME]    how runs stand; --watch redraws, --json is for programs
 ./train.sh logs NAME        what the newest job printed; -f follows, --block N and --rank R pick
@@ -130,43 +129,65 @@ def run_command(arguments: list[str]) -> int:
 
 
 def capture_command(arguments: list[str]) -> int:
-    """Make the data and the teacher's cache of a distillation run, and nothing else."""
-    parser = verb_parser("capture", "prepare the data and capture the teacher's cache; again finishes what is missing")
+    """Make the data of a run and the teacher's cache or a model's answers, and nothing else."""
+    parser = verb_parser("capture", "make the data, and the teacher's cache or the answers that a model writes; again "
+                         "finishes what is missing")  # fmt: skip
     parser.add_argument("--here", action="store_true", help="on this machine, although there is Slurm")
     options, checked = parse_and_check(parser, arguments)
     plan = plan_run(checked)
-    if plan.capture is None:
-        raise ValueError(f"{options.file} makes no teacher's cache: it takes trainer: distillation with teacher: cache")
-    if plan.capture.complete:
-        show_cache(plan.capture.folder)
+    if plan.capture is None and not writes_answers(checked.config):
+        raise ValueError(
+            f"{options.file} has nothing to capture or to answer: that takes trainer: distillation with teacher: cache "
+            "or text, or trainer: eagle3 with eagle3.answers"
+        )
+    if is_made(checked, plan):
+        show_what_is_made(checked, plan)
         return 0
     launch.refuse_full_disk(plan)
     run = launch.open_capture_folder(checked, plan.data_key, tell)
     launch.clear_halt(run, tell)
     if checked.cluster == "slurm" and not options.here:
-        show_capture(plan)
+        show_capture(checked, plan)
         return submit(run, checked, plan, wait=False)
     prepare_data(checked)
     plan = plan_run(checked)
-    show_capture(plan)
+    show_capture(checked, plan)
     launch.refuse_full_disk(plan)
     checked = dataclasses.replace(checked, world_size=local_world_size(checked.config, []))
     code = launch.train_here(run, checked, plan, RunWatcher(run, console).watch)
     if code != ExitCode.DONE:
         print(f"error: the capture stopped with exit code {code}; details in {run.logs}", file=sys.stderr)
         return code
-    assert plan.capture is not None
-    if not is_complete(plan.capture.folder):
-        tell(f"the last shards of {plan.capture.folder} are captured by others just now; run this again later")
+    plan = plan_run(checked)
+    if not is_made(checked, plan):
+        tell("others are at the last shards just now; run this again later")
         return ExitCode.STOPPED_EARLY
-    show_cache(plan.capture.folder)
+    show_what_is_made(checked, plan)
     return ExitCode.DONE
 
 
-def show_capture(plan: Plan) -> None:
-    """Print what the teacher's cache costs."""
+def is_made(checked: CheckedRun, plan: Plan) -> bool:
+    """Whether the teacher's cache is complete, or the data prepared from the answers."""
+    if writes_answers(checked.config):
+        return plan.prepared is not None
+    return plan.capture is not None and plan.capture.complete
+
+
+def show_capture(checked: CheckedRun, plan: Plan) -> None:
+    """Print what the teacher's cache costs, or how far the answers are."""
     for line in capture_lines(plan.capture) if plan.capture else []:
         tell(line)
+    answers = checked.preparation.mixture
+    if writes_answers(checked.config) and answers is not None:
+        tell(answers_line(checked.config, answers))
+
+
+def show_what_is_made(checked: CheckedRun, plan: Plan) -> None:
+    """Print where the finished cache or the answers lie."""
+    if plan.capture is not None:
+        show_cache(plan.capture.folder)
+    else:
+        show_capture(checked, plan)
 
 
 def show_cache(folder: Path) -> None:
@@ -546,11 +567,8 @@ def show_plan(checked: CheckedRun, plan: Plan) -> None:
     if plan.max_gpu_hours is not None:
         costs.append(f"at most {plan.max_gpu_hours:,.1f} GPU-hours")
     console.print("; ".join(costs), highlight=False)
-    show_capture(plan)
+    show_capture(checked, plan)
     show_draft(plan)
-    answers = checked.preparation.mixture
-    if writes_answers(checked.config) and answers is not None:
-        tell(answers_line(checked.config, answers))
 
 
 def show_draft(plan: Plan) -> None:

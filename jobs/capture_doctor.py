@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distilling.config import DistillationConfig
-from distilling.identity import capture_progress
 from jobs.capture_plan import capture_lines
 from jobs.capturing import distillation_of, folder_of_cache, key_of_cache
 from jobs.distillation_checks import check_tokens_in_full
@@ -16,6 +15,7 @@ from jobs.findings import Finding, fine, note, problem
 from jobs.plan import count_parameters, plan_of_cache
 from jobs.preflight import CheckedRun, visible_gpus
 from mixture.prepare import PreparedData, data_key, prepared_folder
+from training.shard_folder import capture_progress
 
 if TYPE_CHECKING:
     from distilling.cache import TeacherCache

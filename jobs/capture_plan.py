@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distilling.config import CacheConfig
-from distilling.identity import is_complete, kept_temperatures
+from distilling.identity import kept_temperatures
+from training.shard_folder import is_complete
 
 PEAK_TFLOPS = {"A100": 312, "H100": 989}
 """Of dense bfloat16 arithmetic."""

@@ -1,25 +1,30 @@
-"""A teacher's work before training: the cache or the answers of a run, where they lie, and making what is missing."""
+"""A model's work before training: the teacher's cache or the answers of a run, where they lie, and what is missing."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from answering.config import AnswersConfig
+from answering.identity import answers_folder, answers_key
 from distilling.config import DistillationConfig
-from distilling.identity import answers_folder, answers_key, cache_folder, cache_key, capture_progress, is_complete
+from distilling.identity import cache_folder, cache_key
 from jobs.chain import ONE_JOB, ArrayShape
 from jobs.config import RunConfig
 from jobs.snapshot import read_manifest
 from mixture.prepare import MIXTURE_MARKER, PreparationRequest, PreparedData, data_key, prepared_folder
+from training.config import ModelConfig
 from training.distributed import Ranks
 from training.run_folder import RunFolder
+from training.shard_folder import capture_progress, is_complete
 from training.stopping import StopPoll, StopSignals
 
 if TYPE_CHECKING:
-    from distilling.answers import AnswersRequest
+    from answering.answers import AnswersRequest
     from distilling.capture import CaptureRequest
 
 POLL_S = 5.0
@@ -32,26 +37,56 @@ def has_capture(config: RunConfig) -> bool:
     return distillation is not None and distillation.teacher == "cache" and distillation.cache.folder is None
 
 
+@dataclass(frozen=True)
+class Answering:
+    """Who writes the answers that a run learns, and how."""
+
+    writer: ModelConfig
+    writer_key: str
+    """The section of the settings that names it."""
+
+    answers: AnswersConfig
+
+
+def answering_of(config: RunConfig) -> Answering | None:
+    """Who writes answers: the teacher of a distillation by text, or the target of a draft; None where nobody does."""
+    distillation, eagle3 = config.distillation, config.eagle3
+    if distillation is not None and distillation.teacher == "text":
+        teacher = distillation.teacher_model
+        writer = ModelConfig(
+            name=teacher.name,
+            revision=teacher.revision,
+            dtype=teacher.dtype,
+            trust_remote_code=teacher.trust_remote_code,
+        )
+        return Answering(writer, "distillation.teacher_model", distillation.answers)
+    if eagle3 is not None and eagle3.answers is not None:
+        return Answering(config.model, "model", eagle3.answers)
+    return None
+
+
 def writes_answers(config: RunConfig) -> bool:
-    """Whether the teacher writes the answers that the run learns, so that its data is prepared only afterwards."""
-    return config.distillation is not None and config.distillation.teacher == "text"
+    """Whether a model writes the answers that the run learns, so that its data is prepared only afterwards."""
+    return answering_of(config) is not None
 
 
 def key_of_answers(config: RunConfig, rows: PreparationRequest) -> str | None:
-    """The key of the answers to these rows; None where the teacher writes none."""
-    if not writes_answers(config):
+    """The key of the answers to these rows; None where nobody writes any."""
+    answering = answering_of(config)
+    if answering is None:
         return None
-    distillation = distillation_of(config)
-    return answers_key(distillation.teacher_model, distillation.answers, data_key=data_key(rows), seed=config.seed)
+    return answers_key(answering.writer, answering.answers, data_key=data_key(rows), seed=config.seed)
 
 
 def array_shape(config: RunConfig) -> ArrayShape:
-    """The Slurm array in which the run's teacher works."""
-    distillation = config.distillation
-    if distillation is None:
+    """The Slurm array in which the run's teacher or target works."""
+    answering = answering_of(config)
+    if answering is not None:
+        return ArrayShape(tasks=answering.answers.tasks, gpus=answering.answers.gpus_per_task)
+    if not has_capture(config):
         return ONE_JOB
-    settings = distillation.answers if writes_answers(config) else distillation.cache
-    return ArrayShape(tasks=settings.tasks, gpus=settings.gpus_per_task)
+    cache = distillation_of(config).cache
+    return ArrayShape(tasks=cache.tasks, gpus=cache.gpus_per_task)
 
 
 def key_of_cache(config: RunConfig, data_key: str) -> str | None:
@@ -105,7 +140,7 @@ def answers_line(config: RunConfig, answers: Path) -> str:
     else:
         state = f"are written for {progress.done} of {progress.total} shards"
     tasks = array_shape(config).tasks
-    return f"teacher's answers {answers} {state}" + (f", by a Slurm array of {tasks} tasks" if tasks > 1 else "")
+    return f"answers {answers} {state}" + (f", by a Slurm array of {tasks} tasks" if tasks > 1 else "")
 
 
 def capture_request(config: RunConfig, prepared: Path, folder: Path) -> CaptureRequest:
@@ -123,14 +158,15 @@ def capture_request(config: RunConfig, prepared: Path, folder: Path) -> CaptureR
 
 
 def answers_request(config: RunConfig, rows: PreparationRequest) -> AnswersRequest:
-    """What a run's teacher is asked to answer."""
-    from distilling.answers import AnswersRequest  # torch
+    """What a run's teacher or target is asked to answer."""
+    from answering.answers import AnswersRequest  # torch
 
-    key, distillation = key_of_answers(config, rows), distillation_of(config)
-    assert key is not None
+    key, answering = key_of_answers(config, rows), answering_of(config)
+    assert key is not None and answering is not None
     return AnswersRequest(
-        writer=distillation.teacher_model,
-        answers=distillation.answers,
+        writer=answering.writer,
+        writer_key=answering.writer_key,
+        answers=answering.answers,
         rows=rows,
         folder=answers_folder(config.data_folder, key),
         seed=config.seed,
@@ -153,12 +189,12 @@ def capture_what_is_missing(
 def answer_what_is_missing(
     request: AnswersRequest, run: RunFolder, signals: StopSignals, report: Callable[[str], None]
 ) -> bool:
-    """Have the teacher answer what nobody else has answered; returns whether the answers are complete.
+    """Answer what nobody else has answered; returns whether the answers are complete.
 
     Raises:
         StopRequested: a stop signal came. Shards that were finished are kept.
     """
-    from distilling.answers import write_answers
+    from answering.answers import write_answers
 
     return in_shards(partial(write_answers, request, report), request.folder, run, signals)
 
@@ -175,9 +211,9 @@ def in_shards(work: Callable[..., bool], folder: Path, run: RunFolder, signals: 
 
 
 def capture_before_training(work: Callable[[], bool], is_done: Callable[[], bool], run: RunFolder) -> bool:
-    """Have the teacher's `work` done in the processes of a block; False where the user stops the run before.
+    """Have the `work` before training done in the processes of a block; False where the user stops the run before.
 
-    One process of each node works, since a teacher is spread over all GPUs that its process sees. The others wait.
+    One process of each node works, since its model is spread over all GPUs that its process sees. The others wait.
 
     Raises:
         StopRequested: a stop signal came.
@@ -193,7 +229,7 @@ def capture_before_training(work: Callable[[], bool], is_done: Callable[[], bool
 
 
 def free_device_memory() -> None:
-    """Give the teacher's memory back to the device, for the student."""
+    """Give the memory of the model that has done its work back to the device, for training."""
     import torch
 
     if torch.cuda.is_available():

@@ -364,12 +364,14 @@ def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
             Problem(tree.place(tuple(problem.partition(":")[0].split("."))), problem)
             for problem in target_problems(config.model, config.training)
         ]
-    if config.dataset.mask_rationale and config.distillation is not None and config.distillation.teacher == "text":
+    by_teacher = config.distillation is not None and config.distillation.teacher == "text"
+    by_target = config.eagle3 is not None and config.eagle3.answers is not None
+    if config.dataset.mask_rationale and (by_teacher or by_target):
         problems.append(
             Problem(
                 tree.place(("dataset", "mask_rationale")),
-                "dataset.mask_rationale: nothing marks what is reasoning in the answers that a teacher writes "
-                "(distillation.teacher: text); keep one of them",
+                "dataset.mask_rationale: nothing marks what is reasoning in the answers that a model writes "
+                f"({'distillation.teacher: text' if by_teacher else 'eagle3.answers'}); keep one of them",
             )
         )
     if config.distillation is not None and config.distillation.from_teacher is not None:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from distilling.config import StudentConfig, TeacherModelConfig
-from distilling.identity import CacheIdentity, capture_progress, manifest_file, teacher_digest
+from distilling.identity import CacheIdentity, teacher_digest
 from distilling.tokenizer_gate import Vocabulary, renders_alike, require_same_tokens
 from jobs.config import PROJECT, RunConfig, TokenizerSource
 from training.config import ModelConfig
-from training.identity import WEIGHTS_SUFFIXES
+from training.model_identity import WEIGHTS_SUFFIXES
+from training.shard_folder import capture_progress, manifest_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

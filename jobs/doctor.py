@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.capture_doctor import distillation_findings
-from jobs.capturing import has_capture
+from jobs.capturing import array_shape, has_capture, writes_answers
 from jobs.cluster import (
     SIGNAL_EARLY_S,
     Cluster,
@@ -352,13 +352,13 @@ def run_findings(config: RunConfig, cluster: Cluster, timing: BlockTiming) -> It
             "slurm.gpu_id", f"{slurm.gpu_id}, and Slurm hands out GPUs here",
             "use slurm.gpus_per_node: 1 instead; a device picked by hand is somebody else's",
         )  # fmt: skip
-    capture_tasks = config.distillation.cache.tasks if config.distillation and has_capture(config) else 0
+    capture_tasks = array_shape(config).tasks if has_capture(config) or writes_answers(config) else 0
     jobs, limit = config.training.total_jobs + 2 + capture_tasks, submit_limit(cluster, slurm)
     if limit is not None and jobs > limit:
         yield note(
             "submission", f"the chain has {jobs} jobs, and {limit} may be queued at once",
             "run the file again to add the rest, or take fewer, longer blocks (training.epochs_per_job)"
-            + (", or fewer distillation.cache.tasks" if capture_tasks else ""),
+            + (", or fewer tasks that capture or answer" if capture_tasks else ""),
         )  # fmt: skip
 
 

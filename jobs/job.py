@@ -1,4 +1,4 @@
-"""What runs inside a job, and what its exit code tells the chain: prepare, capture a teacher, train a block, evaluate.
+"""What runs inside a job, and what its exit code tells the chain: prepare, capture or answer, train a block, evaluate.
 
 A job that is asked to stop saves what it must and puts itself back into the queue (requeue.py). What cannot go on that
 way is made good by the next block, and every job sees to it that enough blocks follow it (top_up.py).
@@ -201,7 +201,7 @@ def enter(kind: JobKind, run: RunFolder, signals: StopSignals) -> int:
         case "prepare":
             return prepare_data(context)
         case "capture":
-            return capture_teacher(context, signals)
+            return capture_or_answer(context, signals)
         case "block":
             return train_block(context, signals)
         case "evaluate":
@@ -245,7 +245,7 @@ def existing_folder(folder: Path, otherwise: Path) -> Path:
 
 
 def prepare_data(context: JobContext) -> int:
-    """Prepare the data, unless another run has done so already; where a teacher answers it first, mix it only."""
+    """Prepare the data, unless another run has done so already; where a model answers it first, mix it only."""
     distillation = context.config.distillation
     if distillation is not None and distillation.teacher != "text":
         check_tokens_in_full(context.config, report)
@@ -287,29 +287,29 @@ def report(line: str) -> None:
     print(line, flush=True)
 
 
-def capture_teacher(context: JobContext, signals: StopSignals) -> int:
-    """Have the teacher do what is missing of its work and nobody else does."""
+def capture_or_answer(context: JobContext, signals: StopSignals) -> int:
+    """Do what is missing of the work before training, and nobody else does."""
     if not writes_answers(context.config):
         require_prepared(context)
     if is_captured(context.run, context.config):
-        report("the teacher has done its work already")
+        report("nothing is left to capture or to answer")
         return ExitCode.DONE
-    complete = work_of_teacher(context, signals)
+    complete = work_before_training(context, signals)
     if not complete and context.run.stop.exists():
         return ExitCode.STOPPED_EARLY
-    report(f"the teacher's work {'is complete' if complete else 'is finished by others'}")
+    report(f"the work before training {'is complete' if complete else 'is finished by others'}")
     return ExitCode.DONE
 
 
-def work_of_teacher(context: JobContext, signals: StopSignals) -> bool:
-    """Capture the cache, or write the answers and prepare the data from them; returns whether all of it is done."""
+def work_before_training(context: JobContext, signals: StopSignals) -> bool:
+    """Capture the teacher's cache, or write answers and prepare the data from them; returns whether all is done."""
     if not writes_answers(context.config):
         assert context.cache is not None
         request = capture_request(context.config, context.prepared, context.cache)
         report(f"teacher's cache: {context.cache}")
         return capture_what_is_missing(request, context.run, signals, report)
     answers = answers_request(context.config, rows_of_run(context))
-    report(f"teacher's answers: {answers.folder}")
+    report(f"answers of {answers.writer.name}: {answers.folder}")
     complete = answer_what_is_missing(answers, context.run, signals, report)
     if complete:
         prepare(replace(answers.rows, mixture=answers.folder), context.config.data_folder, report)
@@ -322,9 +322,9 @@ def train_block(context: JobContext, signals: StopSignals) -> int:
         require_prepared(context)
     if not is_captured(context.run, context.config):
         what = "answering" if writes_answers(context.config) else "capturing"
-        report(f"the teacher's work is not complete; {what} what is missing before training")
-        work, is_done = partial(work_of_teacher, context, signals), partial(is_captured, context.run, context.config)
-        if not capture_before_training(work, is_done, context.run):
+        report(f"{what} what is missing before training")
+        work = partial(work_before_training, context, signals)
+        if not capture_before_training(work, partial(is_captured, context.run, context.config), context.run):
             return ExitCode.STOPPED_EARLY
     trainer, trainer_run = trainer_of(context.config), run_of_trainer(context, signals)
     try:

@@ -32,7 +32,11 @@ CHANGEABLE = (
     "training.save_every",
     "distillation.cache.tasks",
     "distillation.cache.gpus_per_task",
-    *(f"distillation.answers.{key}" for key in ("tasks", "gpus_per_task", "batch_size", "shard_rows")),
+    *(
+        f"{trainer}.answers.{key}"
+        for trainer in ("distillation", "eagle3")
+        for key in ("tasks", "gpus_per_task", "batch_size", "shard_rows")
+    ),
     *(f"slurm.{key}" for key in ("partition", "time", "warning_s", "cpus_per_task", "mem", "account", "qos")),
     *(f"slurm.{key}" for key in ("constraint", "gpu_id", "setup", "extra")),
 )

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from answering.identity import answers_folder
 from distilling.config import DistillationConfig
-from distilling.identity import answers_folder
 from drafting.config import Eagle3Config, check_family, feature_layers
 from jobs.capturing import key_of_answers
 from jobs.cluster import SilentControllerError, read_partitions
@@ -46,7 +46,7 @@ class CheckedRun:
 
     @property
     def rows(self) -> PreparationRequest:
-        """The rows before a teacher answers them."""
+        """The rows before a model answers them."""
         return rows_request(self.config, self.module, self.mixture.output_dir if self.mixture else None)
 
     @property
@@ -56,7 +56,7 @@ class CheckedRun:
 
 
 def preparation_request(config: RunConfig, module: ModuleFile | None, mixture: Path | None) -> PreparationRequest:
-    """The part of the settings that shapes the data: the rows, or the teacher's answers to them where it writes any."""
+    """The part of the settings that shapes the data: the rows, or the answers to them where a model writes any."""
     rows = rows_request(config, module, mixture)
     key = key_of_answers(config, rows)
     return rows if key is None else replace(rows, mixture=answers_folder(config.data_folder, key))

@@ -147,9 +147,10 @@ def unknown_key(path: KeyPath, known: list[str]) -> str:
 
 
 def key_named_in(message: str, path: KeyPath, values: dict[str, Any]) -> KeyPath:
-    """The key that a dataclass complains about, to find its line."""
+    """The key that a dataclass complains about by its whole path, or by its section where that has several places."""
     for key in values:
-        if re.match(rf"{re.escape('.'.join((*path, key)))}\b", message):
+        names = ".".join((*path, key)), ".".join((*path[-1:], key))
+        if re.match(rf"({'|'.join(map(re.escape, names))})\b", message):
             return (*path, key)
     return path
 

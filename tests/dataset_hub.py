@@ -34,6 +34,8 @@ class DatasetHub:
 
     folder: Path
     gated: set[str] = field(default_factory=set)
+    revisions: set[str] = field(default_factory=lambda: {"main", COMMIT})
+    """All of them hold the same."""
     licences: dict[str, str] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     asked_for: list[str] = field(default_factory=list)
@@ -107,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "RepoNotFound")
         if "revision" not in rest[:1] and name in self.hub.gated:
             return self.refuse(403, "GatedRepo")
-        if len(rest) > 1 and rest[1] not in ("main", COMMIT):
+        if len(rest) > 1 and rest[1] not in self.hub.revisions:
             return self.refuse(404, "RevisionNotFound")
         if path.startswith("api/"):
             return self.tell(name, rest)

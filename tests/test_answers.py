@@ -1,4 +1,4 @@
-"""A teacher writes the answers of the training rows anew, turn by turn; the same ones, however it was cut short."""
+"""A model writes the answers of the training rows anew, turn by turn; the same ones, however it was cut short."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from distilling.answers import AnswersRequest, write_answers
-from distilling.config import AnswersConfig, TeacherModelConfig
-from distilling.identity import answers_folder, answers_key, capture_progress, done_file
+from answering.answers import AnswersRequest, write_answers
+from answering.config import AnswersConfig
+from answering.identity import answers_folder, answers_key
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from mixture.mixture_folder import finish_folder, marker_key
 from mixture.prepare import PreparationRequest, data_key, prepare
 from mixture.scatter import WrittenPart
 from mixture.shards import TokenRows
+from training.config import ModelConfig
 from training.models import stop_token_ids
+from training.shard_folder import capture_progress, done_file
 
 PROJECT = Path(__file__).parents[1]
 MAX_NEW_TOKENS = 24
@@ -86,7 +88,8 @@ def request_for(tmp_path: Path, writer: Path) -> Any:
         mixture = tmp_path / f"rows of {name}"
         settings = {"max_new_tokens": MAX_NEW_TOKENS, "shard_rows": 9, "batch_size": 4, **answers}
         return AnswersRequest(
-            writer=TeacherModelConfig(name=str(writer)),
+            writer=ModelConfig(name=str(writer)),
+            writer_key="model",
             answers=AnswersConfig(**settings),
             rows=rows_of(make_mixture(mixture, *(stages or [ROWS])), writer, objective=objective),
             folder=tmp_path / name,
@@ -193,7 +196,7 @@ def test_prompts_are_answered_and_what_cannot_be_is_left_out_passed_or_refused(r
         "answers: 1 rows are plain text and stay as they are",
         "answers: 2 rows are left out",
     }
-    with pytest.raises(ValueError, match="sample text is plain text, which holds no question for the teacher"):
+    with pytest.raises(ValueError, match="sample text is plain text, which holds no question to answer"):
         run(request_for("sft", [text]))
     with pytest.raises(ValueError, match="sample tokens came tokenised"):
         run(request_for("tokens", [tokens]))
@@ -229,9 +232,9 @@ def test_answers_to_the_rows_of_a_module_are_learned_and_its_test_rows_still_sco
         objective="sft",
     )
     answers = AnswersConfig(max_new_tokens=8, keep_unfinished=True)
-    teacher = TeacherModelConfig(name=str(writer))
+    teacher = ModelConfig(name=str(writer))
     folder = answers_folder(tmp_path, answers_key(teacher, answers, data_key=data_key(rows), seed=1))
-    assert run(AnswersRequest(writer=teacher, answers=answers, rows=rows, folder=folder, seed=1))[0]
+    assert run(AnswersRequest(writer=teacher, writer_key="model", answers=answers, rows=rows, folder=folder, seed=1))[0]
     with_answers = replace(rows, mixture=folder)
     assert data_key(with_answers) not in (data_key(rows), data_key(replace(with_answers, module=None)))
     prepared, before = (prepare(request, tmp_path, lambda line: None) for request in (with_answers, rows))
@@ -249,15 +252,17 @@ CHILD = """
 import sys, time
 from pathlib import Path
 import orjson
-from distilling.answers import AnswersRequest, write_answers
-from distilling.config import AnswersConfig, TeacherModelConfig
+from answering.answers import AnswersRequest, write_answers
+from answering.config import AnswersConfig
 from mixture.config import DatasetConfig
 from mixture.prepare import PreparationRequest
+from training.config import ModelConfig
 settings = orjson.loads(sys.argv[1])
 rows = settings["rows"]
 rows |= {"dataset": DatasetConfig(**rows["dataset"]), "mixture": Path(rows["mixture"])}
 request = AnswersRequest(
-    writer=TeacherModelConfig(**settings["writer"]), answers=AnswersConfig(**settings["answers"]),
+    writer=ModelConfig(name=settings["writer"]["name"]), writer_key="model",
+    answers=AnswersConfig(**settings["answers"]),
     rows=PreparationRequest(**rows), folder=Path(settings["folder"]), seed=settings["seed"],
 )
 looks = 0
@@ -303,14 +308,14 @@ def test_a_stop_request_leaves_whole_shards_and_another_worker_the_shard_that_it
     assert run(shared)[0]
     assert answered(shared.folder) == answered(unbroken.folder)
     # Nothing is left to do: the model is not even looked at.
-    assert run(replace(shared, writer=TeacherModelConfig(name="no such model"))) == (True, [])
+    assert run(replace(shared, writer=ModelConfig(name="no such model"))) == (True, [])
 
 
 # --- whose answers they are
 
 
 def test_the_key_tells_apart_all_that_shapes_answers_and_nothing_else(writer: Path) -> None:
-    teacher, greedy, sampled = TeacherModelConfig(name=str(writer)), AnswersConfig(), AnswersConfig(temperature=1.0)
+    teacher, greedy, sampled = ModelConfig(name=str(writer)), AnswersConfig(), AnswersConfig(temperature=1.0)
 
     def key(answers: AnswersConfig = greedy, *, data: str = "a", seed: int = 1, **other: Any) -> str:
         return answers_key(replace(teacher, **other), answers, data_key=data, seed=seed)
@@ -323,5 +328,5 @@ def test_the_key_tells_apart_all_that_shapes_answers_and_nothing_else(writer: Pa
 def test_a_folder_with_other_answers_is_refused(request_for: Any) -> None:
     request = request_for("answers")
     assert run(request, stop_after=2)[0] is False
-    with pytest.raises(ValueError, match=r"holds other answers .* by other settings of distillation\.answers"):
+    with pytest.raises(ValueError, match=r"holds other answers .* by other settings of `answers`"):
         run(replace(request, answers=replace(request.answers, temperature=0.5)))

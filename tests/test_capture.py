@@ -23,10 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distilling.cache import TeacherCache, fidelity, offset_check, positions_of
 from distilling.capture import CaptureRequest, capture, counted, draw, rows_by_shard
 from distilling.config import CacheConfig, TeacherModelConfig
-from distilling.identity import CacheIdentity, capture_progress, is_complete
-from distilling.teacher import load_teacher, told_of_full_memory
+from distilling.identity import CacheIdentity
+from distilling.teacher import load_teacher
 from mixture.prepare import PreparedData
 from mixture.shards import TokenRow, TokenRows, TokenWriter
+from training.models import told_of_full_memory
+from training.shard_folder import capture_progress, is_complete
 
 PROJECT = Path(__file__).parents[1]
 SHARDS = 5
@@ -340,5 +342,6 @@ def test_a_sample_id_with_two_contents_is_refused_and_a_repeated_sample_is_captu
 
 def test_a_full_device_is_told_with_what_to_do() -> None:
     advice = "batch_tokens(.|\n)*dtype: bfloat16(.|\n)*more GPUs"
-    with pytest.raises(ValueError, match=advice), told_of_full_memory(lower="distillation.cache.batch_tokens"):
+    full_memory = told_of_full_memory(lower="distillation.cache.batch_tokens", key="distillation.teacher_model")
+    with pytest.raises(ValueError, match=advice), full_memory:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -14,7 +14,6 @@ import pytest
 from tiny_chains import folders, train_sh
 from tiny_teachers import TEST_YAML, make_teacher, taught_by
 
-from distilling.identity import capture_progress, is_complete
 from jobs import launch
 from jobs.config import PROJECT
 from jobs.exit_code import ExitCode
@@ -23,6 +22,7 @@ from jobs.preflight import CheckedRun, check_run
 from mixture.prepare import prepare
 from settings.yaml_tree import ConfigError
 from training.run_folder import RunFolder
+from training.shard_folder import capture_progress, is_complete
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ import pytest
 from tiny_chains import folders, queued_names, train_sh
 from tiny_teachers import TEST_YAML, make_teacher, taught_by
 
-from distilling.identity import capture_progress, is_complete
 from jobs import launch, submission
 from jobs.chain import Journal
 from jobs.config import PROJECT
@@ -27,6 +26,7 @@ from jobs.status import read_status
 from jobs.steering import cancel_run
 from jobs.top_up import top_up
 from training.run_folder import RunFolder
+from training.shard_folder import capture_progress, is_complete
 
 if TYPE_CHECKING:
     from slurm_cluster import SlurmCluster

@@ -193,6 +193,9 @@ def test_a_draft_trained_for_any_family_is_exported_as_it_is_and_decodes_what_th
     scores = eagle3.evaluate(run)
     assert scores["identical_greedy_answers"] == scores["decoded_prompts"] == 3 and scores["divergences"] == []
     assert scores["models"]["draft"].keys() == {"all", "told_sums"}
+    for decoded in ("", "sampling_"):
+        length = scores[f"{decoded}acceptance_length"]
+        assert scores[f"{decoded}acceptance_length_by_source"] == {"told_sums": length}
 
 
 def train_as_rank(rank: int, run: Eagle3Run) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from answering.generation import Draws, continuations
 from distilling.config import OnPolicyConfig
-from distilling.generation import Draws, continuations
 from distilling.on_policy import samples_of, students_answers
 from training.batches import collate, flat_batch
 from training.config import ModelConfig

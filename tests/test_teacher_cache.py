@@ -36,18 +36,14 @@ from distilling.cache import (
 from distilling.config import CacheConfig, TeacherModelConfig
 from distilling.identity import (
     CacheIdentity,
-    CaptureProgress,
     cache_folder,
     cache_key,
-    capture_progress,
-    done_file,
-    is_complete,
-    manifest_file,
     shard_file,
-    teacher_identity,
 )
 from distilling.targets import RowTargets
 from mixture.shards import TokenRow
+from training.model_identity import model_identity
+from training.shard_folder import CaptureProgress, capture_progress, done_file, is_complete, manifest_file
 
 # --- what a cache belongs to
 
@@ -97,10 +93,10 @@ def test_a_teacher_of_tens_of_gigabytes_is_told_apart_without_being_read(teacher
     weights = teacher_folder / "model.safetensors"
     os.truncate(weights, 40 << 30)
     before = time.process_time()
-    identity = teacher_identity(TeacherModelConfig(name=str(teacher_folder)))
+    identity = model_identity(str(teacher_folder), None)
     assert time.process_time() - before < 0.5
     os.truncate(weights, (40 << 30) + 1)
-    assert teacher_identity(TeacherModelConfig(name=str(teacher_folder))) != identity
+    assert model_identity(str(teacher_folder), None) != identity
 
 
 def test_a_cache_is_complete_when_all_its_shards_are_marked(tmp_path: Path) -> None:

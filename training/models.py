@@ -6,7 +6,8 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,6 +117,49 @@ def load_frozen_model(model: ModelConfig) -> PreTrainedModel:
     if model.attention == "varlen":
         check_packable(network)
     return network.requires_grad_(False).eval()
+
+
+def load_with_tokenizer(
+    model: ModelConfig, *, key: str, device: torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model to be asked, frozen, and its tokenizer, in the precision of its forward pass.
+
+    On a device, or without one spread over all GPUs of this process, or on the CPU where it has none. ValueError where
+    there is none under that name; `key` is the section that names it.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        network = AutoModelForCausalLM.from_pretrained(
+            model.name,
+            revision=model.revision,
+            dtype=precision(model),
+            trust_remote_code=model.trust_remote_code,
+            device_map="auto" if device is None and torch.cuda.is_available() else device,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{key}.name: no model with weights and tokenizer that can be read under {model.name!r}. "
+            f"{where_tried(model.name)}\n{error}"
+        ) from error
+    return network.requires_grad_(False).eval(), tokenizer
+
+
+@contextmanager
+def told_of_full_memory(*, lower: str, key: str) -> Iterator[None]:
+    """What to do where the device has too little memory for a model that is asked, as a ValueError.
+
+    `lower` is the setting that helps, `key` the section that names the model.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{key}: the model does not fit into the memory of this device. Lower {lower}, set {key}.dtype: bfloat16, "
+            "or give each task more GPUs (slurm.gpus_per_node): the model is spread over all that a task sees.\n"
+            f"{error}"
+        ) from error
 
 
 def load_weights(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype | None = None) -> PreTrainedModel:

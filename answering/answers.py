@@ -1,8 +1,9 @@
 """Answers that a model writes: every assistant turn of the training rows anew, as text to learn from.
 
-Sequence-level distillation, arXiv:1606.07947. A conversation is answered turn by turn, each written turn being read in
-the next. What is written is a function of the request alone: draws are seeded by sample and turn, and a batch holds
-rows of one shard only, so work that was killed, moved or spread over many workers gives the answers of unbroken work.
+Sequence-level distillation (arXiv:1606.07947), and what a draft head meets where it is served. A conversation is
+answered turn by turn, each written turn being read in the next. What is written is a function of the request alone:
+draws are seeded by sample and turn, and a batch holds rows of one shard only, so work that was killed, moved or spread
+over many workers gives the answers of unbroken work.
 
 manifest.json          whose answers they are, and how many shards
 rows/00017.jsonl       the rows of a shard as they were, rows/test.jsonl the test split; until all is answered
@@ -26,18 +27,16 @@ from functools import partial
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 import xxhash
 
-from distilling.claims import Claim, InterruptedShardError, work_on_shards
-from distilling.config import AnswersConfig, TeacherModelConfig
-from distilling.generation import Continuation, Draws, Ids, continuations
-from distilling.identity import answers_key, done_file, manifest_file
-from distilling.teacher import Teacher, load_teacher, told_of_full_memory
+from answering.config import AnswersConfig
+from answering.generation import Continuation, Draws, Ids, continuations
+from answering.identity import answers_key
 from mixture.formats import CONTENT_KEYS, Message
 from mixture.mixture_folder import MARKER, finish_folder
 from mixture.prepare import (
@@ -54,7 +53,13 @@ from mixture.render import RefusedByTemplateError, Renderer
 from mixture.scatter import WrittenPart
 from mixture.tokenizers import REASONING_TOKENS
 from mixture.whole_files import join_files, remove_leftovers, whole_file, write_whole
-from training.models import stop_token_ids
+from training.claims import Claim, InterruptedShardError, work_on_shards
+from training.config import ModelConfig
+from training.models import load_with_tokenizer, stop_token_ids, told_of_full_memory
+from training.shard_folder import done_file, manifest_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REPORT_EVERY_S = 30.0
 TEST_ROWS = "test.jsonl"
@@ -67,8 +72,11 @@ StopRequested = Callable[[], bool]
 class AnswersRequest:
     """All that shapes answers, and where they go."""
 
-    writer: TeacherModelConfig
+    writer: ModelConfig
     """The model that answers, with its own tokenizer and chat template."""
+
+    writer_key: str
+    """The section of the settings that names it, for messages."""
 
     answers: AnswersConfig
     rows: PreparationRequest
@@ -95,9 +103,9 @@ def write_answers(request: AnswersRequest, report: Report, *, stop_requested: St
     remove_leftovers(request.folder)
     manifest = agreed_manifest(request, report)
     if unfinished(request.folder, manifest):
-        with told_of_full_memory(lower="distillation.answers.batch_size"):
-            teacher = load_teacher(request.writer)
-        Writer(request, manifest, teacher, report, stop_requested).run()
+        with told_of_full_memory(lower="answers.batch_size", key=request.writer_key):
+            network, tokenizer = load_with_tokenizer(request.writer, key=request.writer_key)
+        Writer(request, manifest, network, tokenizer, report, stop_requested).run()
     return not unfinished(request.folder, manifest) and finish(request.folder, manifest, report)
 
 
@@ -125,7 +133,7 @@ def agreed_manifest(request: AnswersRequest, report: Report) -> AnswersManifest:
     if found.key != key:
         raise ValueError(
             f"{request.folder} holds other answers (key {found.key}, asked for are those of {key}): of another model, "
-            "of other rows or by other settings of distillation.answers; remove it, or name another folder"
+            "of other rows or by other settings of `answers`; remove it, or name another folder"
         )
     return found
 
@@ -180,11 +188,11 @@ def staged_lines(split: SplitInput, request: PreparationRequest) -> Iterator[tup
 def require_usable(row: dict[str, Any], request: PreparationRequest) -> None:
     """Raise ValueError for rows that hold nothing to answer and that the run cannot learn from as they are."""
     if "input_ids" in row:
-        raise ValueError(f"sample {row['id']} came tokenised, and a teacher writes answers to text; return messages")
+        raise ValueError(f"sample {row['id']} came tokenised, and answers are written to text; return messages")
     if "text" in row and request.objective == "sft":
         raise ValueError(
-            f"sample {row['id']} is plain text, which holds no question for the teacher to answer; return messages or "
-            "a prompt from the dataset module, or use distillation.teacher: cache or live"
+            f"sample {row['id']} is plain text, which holds no question to answer; return messages or a prompt from "
+            "the dataset module, or learn the rows as they are"
         )
 
 
@@ -273,23 +281,25 @@ class Writer:
         self,
         request: AnswersRequest,
         manifest: AnswersManifest,
-        teacher: Teacher,
+        network: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         report: Report,
         stop_requested: StopRequested,
     ) -> None:
         self.request = request
         self.manifest = manifest
-        self.teacher = teacher
+        self.network = network
+        self.tokenizer = tokenizer
         self.report = report
         self.stop_requested = stop_requested
-        self.stops = stop_token_ids(teacher.model, teacher.tokenizer)
+        self.stops = stop_token_ids(network, tokenizer)
         self.dropped_ids = {
             number
-            for number, token in teacher.tokenizer.added_tokens_decoder.items()
+            for number, token in tokenizer.added_tokens_decoder.items()
             if token.special and token.content not in REASONING_TOKENS
         }
         self.renderer = Renderer(
-            teacher.tokenizer, objective="sft", max_length=request.rows.dataset.max_length, over_length=None
+            tokenizer, objective="sft", max_length=request.rows.dataset.max_length, over_length=None
         )
         self.began_s = self.told_s = time.monotonic()
         self.tokens = 0
@@ -370,8 +380,8 @@ class Writer:
         if answers.temperature:
             numbers = [numbers_of(self.request.seed, conversation, max(room)) for conversation in conversations]
             draws = Draws(np.stack(numbers), answers.temperature)
-        with told_of_full_memory(lower="distillation.answers.batch_size"):
-            written = continuations(self.teacher.model, prompts, stops=self.stops, room=room, draws=draws)
+        with told_of_full_memory(lower="answers.batch_size", key=self.request.writer_key):
+            written = continuations(self.network, prompts, stops=self.stops, room=room, draws=draws)
         for conversation, answer in zip(conversations, written, strict=True):
             self.tokens += len(answer.ids)
             if answer.is_finished or answers.keep_unfinished:
@@ -382,7 +392,7 @@ class Writer:
     def text(self, answer: Continuation) -> str:
         """An answer without control tokens, those around its reasoning aside."""
         ids = [number for number in answer.ids.tolist() if number not in self.dropped_ids]
-        text: str = self.teacher.tokenizer.decode(ids)
+        text: str = self.tokenizer.decode(ids)
         return text.strip()
 
     def tell(self, what: str, *, every_s: float) -> None:
@@ -471,7 +481,7 @@ def told(shards: Sequence[AnsweredShard]) -> Iterator[str]:
     rows = sum(sum(shard.part.rows.values()) for shard in shards)
     matters = [f"{count} rows {reason}" for reason, count in counts.items()]
     if not rows:
-        raise ValueError(f"the teacher answered none of the rows: {', '.join(matters)}")
+        raise ValueError(f"none of the rows was answered: {', '.join(matters)}")
     yield f"answers: {sum(shard.answers for shard in shards)} written in {rows} rows"
     yield from (f"answers: {matter}" for matter in matters)
 
