@@ -12,11 +12,11 @@ import torch
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from distilling.student import sliced, supervised_places
+from distilling.student import sliced
 from training.batches import PackedDataset, collate, even_shares
 from training.distributed import Ranks, gather_on_all
 from training.evaluation import autocast, to_device
-from training.losses import logit_shape, output_head, shape_logits, tokens_per_chunk
+from training.losses import logit_shape, output_head, shape_logits, supervised_places, tokens_per_chunk
 
 # Tensors are named by shape. N tokens of a chunk, H hidden width, V vocabulary.
 

@@ -208,7 +208,11 @@ class RunConfig:
     @property
     def objective(self) -> Objective:
         """What the data is prepared for."""
-        return self.finetuning.objective if self.trainer == "finetuning" else "mixed"
+        if self.trainer != "finetuning":
+            return "mixed"
+        if self.finetuning.objective in ("sft", "pretrain", "mixed"):
+            return self.finetuning.objective
+        return "labelled" if self.finetuning.objective == "kto" else "pairs"
 
 
 def read_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
