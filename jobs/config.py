@@ -363,6 +363,12 @@ def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
                 problems.append(
                     Problem(tree.place(("model", key)), f"model.{key} is read only where model.peft is true")
                 )
+    if config.trainer == "finetuning" and config.finetuning.objective == "reward" and config.model.peft:
+        problems.append(
+            Problem(
+                tree.place(("model", "peft")), "model.peft: a reward model is trained in full; leave model.peft out"
+            )
+        )
     if config.eagle3 is not None:
         problems += [
             Problem(tree.place(tuple(problem.partition(":")[0].split("."))), problem)

@@ -19,6 +19,7 @@ from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparationRequest, PreparedData, prepare
 from mixture.shards import TokenRows, read_packs
+from settings.yaml_tree import ConfigError
 from training.checkpoints import newest_valid
 from training.config import DpoConfig, FinetuningConfig, LoraConfig
 from training.preferences import PreferenceCollate
@@ -237,3 +238,9 @@ def test_settings_of_another_objective_are_refused() -> None:
         ValueError, match=r"finetuning\.dpo\.label_smoothing is read by sigmoid and robust only, not by"
     ):
         DpoConfig(loss="ipo", label_smoothing=0.1)
+
+
+def test_a_reward_model_with_adapters_is_refused_before_the_queue() -> None:
+    overrides = ["--model.from_scratch", "false", "--model.peft", "true"]
+    with pytest.raises(ConfigError, match="a reward model is trained in full"):
+        read_run_config(PROJECT / "configs/examples/reward.yaml", overrides)
