@@ -1,4 +1,4 @@
-"""Finetune a language model, in full or through adapters: one block of a chain, and the scores after the last.
+"""Finetune a language model on texts, answers or preferences: one block of a chain, and the scores after the last.
 
 train(run)      resume the newest valid checkpoint, train to the next boundary, commit a checkpoint
 evaluate(run)   score the newest valid checkpoint on the test split
@@ -6,6 +6,8 @@ evaluate(run)   score the newest valid checkpoint on the test split
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from training.block import (
@@ -13,10 +15,13 @@ from training.block import (
     build_data,
     checkpoint_to_evaluate,
     device_of_process,
+    export_folder,
     export_trained,
     held_out_scores,
     make_trainer,
+    open_prepared,
     record_evaluation,
+    scored_answers,
     scores_on_test_split,
     train_block,
 )
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from training.preferences import PreferenceLoss
     from training.trainer import BlockTrainer
 
 
@@ -37,27 +43,62 @@ def train(run: FinetuningRun) -> BlockResult:
     return train_block(
         run,
         build_trainer=lambda start: build_trainer(run, start),
-        score_block=lambda trainer: held_out_scores(run, trainer, compute_loss),
-        export=lambda end: export_trained(run, build_model(run, end), build_tokenizer(run), end),
+        score_block=lambda trainer: block_scores(run, trainer),
+        export=lambda end: export(run, end),
     )
 
 
 def build_trainer(run: FinetuningRun, start: BlockStart) -> BlockTrainer:
+    model = build_model(run, start.checkpoint)
+    if run.finetuning.preference is None:
+        return make_trainer(
+            run,
+            start,
+            model=model,
+            rows=build_data(run, "train"),
+            compute_loss=compute_loss,
+            objective=run.finetuning.objective,
+        )
+    from training.preferences import PreferenceCollate
+
+    loss = preference_loss(run, model)
     return make_trainer(
         run,
         start,
-        model=build_model(run, start.checkpoint),
+        model=model,
         rows=build_data(run, "train"),
-        compute_loss=compute_loss,
-        objective=run.finetuning.objective,
+        compute_loss=loss,
+        objective=objective(run),
+        collate=PreferenceCollate(),
+        extra_metrics=loss.take,
+        begin_step=loss.begin_step,
     )
 
 
+def objective(run: FinetuningRun) -> str:
+    """All that shapes the loss of preferences, in words: a checkpoint is resumed under these settings only."""
+    assert run.finetuning.preference is not None
+    settings = {**asdict(run.finetuning.preference), "start": [run.model.name, run.model.revision]}
+    return f"{run.finetuning.objective} {json.dumps(settings, sort_keys=True)}"
+
+
 def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module:
-    """The model as the chain left it, or as it begins. Its forward pass returns the loss: see `compute_loss`."""
+    """The model as the chain left it, or as it begins. Its forward pass returns the loss: see `compute_loss`; for
+    preferences, what it says of the answers."""
     from training import models
 
-    return models.build_model(run.model, seed=run.seed, checkpoint=start.path if start else None)
+    checkpoint = start.path if start else None
+    if run.finetuning.objective == "reward":
+        from training.preferences import build_reward_model
+
+        return build_reward_model(run.model, seed=run.seed, checkpoint=checkpoint)
+    model = models.build_model(run.model, seed=run.seed, checkpoint=checkpoint)
+    if run.finetuning.preference is not None:
+        from training.preferences import use_log_probabilities
+
+        network: Any = model.get_base_model() if models.is_adapter(model) else model
+        use_log_probabilities(network)
+    return model
 
 
 def build_tokenizer(run: FinetuningRun) -> PreTrainedTokenizerBase:
@@ -78,11 +119,83 @@ def compute_loss(model: torch.nn.Module, batch: dict[str, Any], num_items: torch
     return model(**batch, num_items_in_batch=num_items).loss
 
 
+def preference_loss(run: FinetuningRun, model: torch.nn.Module) -> PreferenceLoss:
+    """`compute_loss` of preferences, and the reference that it compares with: the model as the chain began with it."""
+    from training.models import is_adapter, precision
+    from training.preferences import PreferenceLoss, Reference
+
+    config = run.finetuning.preference
+    assert config is not None
+    reference = None
+    if config.has_reference:
+        frozen = None
+        if not is_adapter(model):
+            frozen = build_model(run, None).requires_grad_(False).eval().to(device_of_process(), precision(run.model))
+        reference = Reference(frozen, model)
+    return PreferenceLoss(config, reference, model, precision(run.model))
+
+
+def export(run: FinetuningRun, end: Checkpoint) -> None:
+    """Write the trained model where `from_pretrained` can read it."""
+    model: Any = build_model(run, end)
+    if run.finetuning.objective != "reward":
+        export_trained(run, model, build_tokenizer(run), end)
+        return
+    from training.models import precision
+    from training.preferences import export_reward_model
+
+    export_reward_model(model, build_tokenizer(run), export_folder(run), step=end.step, dtype=precision(run.model))
+
+
+# --- scores
+
+
+def block_scores(run: FinetuningRun, trainer: BlockTrainer) -> dict[str, float]:
+    """What is told of a block's end: the loss on the test split, of preferences also accuracy and margin."""
+    if run.finetuning.preference is None:
+        return held_out_scores(run, trainer, compute_loss)
+    if not open_prepared(run).splits.get("test"):
+        return {}
+    found = held_out_preferences(run, trainer.loss, trainer.ranks)["all"]
+    return {f"eval_{name}": found[name] for name in ("loss", "accuracy", "margin")}
+
+
+def held_out_preferences(run: FinetuningRun, loss: Any, ranks: Ranks) -> dict[str, dict[str, float]]:
+    from training import preferences
+
+    return preferences.held_out_preferences(
+        loss,
+        build_data(run, "test"),
+        batch_size=run.evaluation.batch_size or run.training.batch_size,
+        ranks=ranks,
+    )
+
+
 def evaluate(run: FinetuningRun) -> dict[str, Any]:
-    """Score the newest valid checkpoint and write evaluation.json: test loss, and answers where the module scores."""
+    """Score the newest valid checkpoint and write evaluation.json: test loss, and answers where the module scores.
+
+    Of preferences also accuracy and margin, and all of them by source, in `models`.
+    """
     ranks = Ranks.of_environment()
     checkpoint = checkpoint_to_evaluate(run, ranks)
     model = build_model(run, checkpoint).to(device_of_process())
-    result = scores_on_test_split(run, model, build_tokenizer(run), compute_loss, checkpoint, ranks)
+    if run.finetuning.preference is None:
+        result = scores_on_test_split(run, model, build_tokenizer(run), compute_loss, checkpoint, ranks)
+    else:
+        result = preference_scores(run, model, checkpoint, ranks)
     record_evaluation(run, result, ranks)
     return result
+
+
+def preference_scores(run: FinetuningRun, model: Any, checkpoint: Checkpoint, ranks: Ranks) -> dict[str, Any]:
+    """What evaluation.json holds of a model that learned from preferences."""
+    from training.evaluation import as_json
+
+    scores: dict[str, Any] = {}
+    if open_prepared(run).splits.get("test"):
+        by_source = held_out_preferences(run, preference_loss(run, model), ranks)
+        scores = {**by_source["all"], "models": {run.finetuning.objective: by_source}}
+    # Last, as it turns the weights into the precision that answers are written in.
+    is_writer = run.finetuning.objective != "reward"
+    generated = scored_answers(run, model, build_tokenizer(run), ranks) if is_writer else None
+    return {**as_json(None, generated, step=checkpoint.step, epoch=checkpoint.epoch), **scores}

@@ -12,12 +12,12 @@ import torch
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from distilling.student import sliced, supervised_places
+from distilling.student import sliced
 from training.batches import PackedDataset, collate, even_shares
 from training.chunks import tokens_per_chunk
 from training.distributed import Ranks, gather_on_all
 from training.evaluation import autocast, to_device
-from training.losses import logit_shape, output_head, shape_logits
+from training.losses import logit_shape, output_head, shape_logits, supervised_places
 
 # Tensors are named by shape. N tokens of a chunk, H hidden width, V vocabulary.
 

@@ -9,9 +9,10 @@ import torch
 from distilling.config import HiddenStatesConfig
 from distilling.divergences import DenseTeacher
 from distilling.hidden_states import HiddenStates
-from distilling.student import sliced, supervised_places
+from distilling.student import sliced
 from distilling.teacher import Teacher
 from training.batches import Batch
+from training.losses import supervised_places
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
@@ -16,7 +15,7 @@ from distilling.config import DistillationConfig
 from distilling.divergences import DenseTeacher, LossSettings, distillation_loss
 from distilling.hidden_states import PROJECTIONS, HiddenStates
 from distilling.targets import SparseTargets
-from training.losses import IGNORED, Head, check_logits, logit_shape, output_head
+from training.losses import Head, check_logits, logit_shape, output_head, supervised_places
 
 # Tensors are named by shape. B rows, T tokens, N supervised tokens, H hidden width, V vocabulary.
 
@@ -103,21 +102,6 @@ def _forward_with_loss(
         divergence=parts.divergence,
         hidden_states_distance=None if distance is None else distance.detach(),
     )
-
-
-@dataclass(frozen=True)
-class SupervisedPlaces:
-    """Where a batch predicts a token that counts: the flat positions, [N], and the tokens to be predicted, [N]."""
-
-    index: torch.Tensor
-    targets: torch.Tensor
-
-
-def supervised_places(labels_BT: torch.Tensor) -> SupervisedPlaces:
-    """The places whose next token is a label."""
-    targets = pad(labels_BT[:, 1:], (0, 1), value=IGNORED).flatten()
-    index = (targets != IGNORED).nonzero().squeeze(1)
-    return SupervisedPlaces(index, targets[index])
 
 
 def sliced(head: Head, vocabulary: int | None) -> Head:

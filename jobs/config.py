@@ -208,7 +208,11 @@ class RunConfig:
     @property
     def objective(self) -> Objective:
         """What the data is prepared for."""
-        return self.finetuning.objective if self.trainer == "finetuning" else "mixed"
+        if self.trainer != "finetuning":
+            return "mixed"
+        if self.finetuning.objective in ("sft", "pretrain", "mixed"):
+            return self.finetuning.objective
+        return "labelled" if self.finetuning.objective == "kto" else "pairs"
 
 
 def read_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -359,6 +363,12 @@ def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
                 problems.append(
                     Problem(tree.place(("model", key)), f"model.{key} is read only where model.peft is true")
                 )
+    if config.trainer == "finetuning" and config.finetuning.objective == "reward" and config.model.peft:
+        problems.append(
+            Problem(
+                tree.place(("model", "peft")), "model.peft: a reward model is trained in full; leave model.peft out"
+            )
+        )
     if config.eagle3 is not None:
         problems += [
             Problem(tree.place(tuple(problem.partition(":")[0].split("."))), problem)

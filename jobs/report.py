@@ -66,6 +66,11 @@ def report_page(run: RunFolder) -> str:
     if metrics and "divergence" in metrics[-1]:
         parts = [Curve(series(metrics, "cross_entropy"), "#2f6fde"), Curve(series(metrics, "divergence"), "#d9541e")]
         charts.insert(1, chart("Cross entropy (blue) and divergence from the teacher (red)", parts, boundaries))
+    if metrics and "margin" in metrics[-1]:
+        for key, title in (("accuracy", "Preferences: accuracy"), ("margin", "Preferences: margin of rewards")):
+            held_out = [(event["step"], event[f"eval_{key}"]) for event in ends]
+            parts = [Curve(series(metrics, key), "#2f6fde"), Curve(held_out, "#d9541e", dots=True)]
+            charts.append(chart(f"{title} (line: training, dots: test split at block ends)", parts, boundaries))
     name = html.escape(run.path.name)
     return "\n".join(
         [

@@ -18,8 +18,8 @@ from rich.text import Text
 from mixture.dataset_modules import check_module, data_collator, load_rows, parse_module, score_function
 from mixture.formats import canonical_sample, detect_format
 from mixture.hub import HubSource
+from mixture.preferences import renderer_for
 from mixture.prepare import PreparationRequest, load_tokenizer
-from mixture.render import Renderer
 from mixture.shards import TokenRow
 
 ROWS_SHOWN = 2
@@ -99,9 +99,9 @@ def report_row(
     request: PreparationRequest, tokenizer: Any, row: Mapping[str, Any], *, source: str, row_id: str
 ) -> RowReport:
     """The report on one row."""
-    renderer = Renderer(
+    renderer = renderer_for(
+        request.objective,
         tokenizer,
-        objective=request.objective,
         max_length=request.dataset.max_length,
         over_length=request.dataset.over_length,
         mask_rationale=request.dataset.mask_rationale,

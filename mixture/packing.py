@@ -40,6 +40,13 @@ def single_packs(count: int, stages: Sequence[int] = (0,)) -> Packs:
     return Packs(np.arange(count, dtype=np.int32), np.arange(count + 1, dtype=np.int64), np.array(stages, np.int64))
 
 
+def packs_of_units(units: Packs, rows_per_unit: int) -> Packs:
+    """Packs of samples, from packs of units that are `rows_per_unit` samples in a row each."""
+    rows = np.arange(rows_per_unit, dtype=np.int32)
+    indices = (units.indices[:, None] * np.int32(rows_per_unit) + rows).ravel()
+    return Packs(indices, units.starts * rows_per_unit, units.stages)
+
+
 def staged_packs(
     lengths: npt.NDArray[np.integer], capacity: int, stages: Sequence[int], *, window: int = WINDOW
 ) -> Packs:

@@ -24,8 +24,9 @@ import xxhash
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile, load_rows, parse_module, score_function
 from mixture.formats import NoExchangeError, Sample, canonical_sample, detect_format
-from mixture.packing import single_packs, staged_packs
-from mixture.render import OVER_LENGTH_DEFAULT, Objective, Renderer, generation_prompt
+from mixture.packing import packs_of_units, single_packs, staged_packs
+from mixture.preferences import ROWS_PER_UNIT, is_preference, renderer_for
+from mixture.render import OVER_LENGTH_DEFAULT, Objective, generation_prompt
 from mixture.shards import TokenWriter, write_packs
 from mixture.tokenising import NOTHING, LineBatch, SourceStats, Tokenising, line_batches
 from mixture.whole_files import write_whole
@@ -284,18 +285,19 @@ def write_prepared(request: PreparationRequest, folder: Path, report: Report, wo
     has_score = request.module is not None and score_function(request.module) is not None
     # All splits before any is written: a missing test split should not cost the time of writing the train split.
     inputs = input_splits(request, folder, tokenizer, report)
-    renderer = Renderer(
+    renderer = renderer_for(
+        request.objective,
         tokenizer,
-        objective=request.objective,
         max_length=dataset.max_length,
         over_length=dataset.over_length,
         mask_rationale=dataset.mask_rationale,
     )
     tokenising = Tokenising(renderer, dataset.tokenizer_backend, workers, report)
+    rows_per_unit = ROWS_PER_UNIT if is_preference(request.objective) else 1
     splits: dict[str, SplitStats] = {}
     fingerprint = xxhash.xxh3_128()
     for name, split in inputs.items():
-        writer = SplitWriter(dataset, folder, name, report)
+        writer = SplitWriter(dataset, folder, name, report, rows_per_unit=rows_per_unit)
         splits[name] = writer.write(split, tokenising)
         fingerprint.update(writer.digest)
         for line in summary(name, splits[name], dataset):
@@ -346,13 +348,16 @@ class SplitInput(Protocol):
 
 
 class SplitWriter:
-    """Writes token shards and packs of one split, and counts them."""
+    """Writes token shards and packs of one split, and counts them. Rows of a unit are adjacent and share a pack."""
 
-    def __init__(self, dataset: DatasetConfig, folder: Path, name: str, report: Report) -> None:
+    def __init__(
+        self, dataset: DatasetConfig, folder: Path, name: str, report: Report, *, rows_per_unit: int = 1
+    ) -> None:
         self.dataset = dataset
         self.folder = folder
         self.name = name
         self.report = report
+        self.rows_per_unit = rows_per_unit
         self.digest = b""
         self.never_ends_turns = False
 
@@ -402,10 +407,13 @@ class SplitWriter:
             )
         if stage_starts[-1] == len(lengths) > 0:
             stage_starts.pop()  # nothing is left of the last stage
+        units = lengths.reshape(-1, self.rows_per_unit).sum(1, dtype=np.int32)
+        unit_starts = [start // self.rows_per_unit for start in stage_starts]
         if self.dataset.packing:
-            packs = staged_packs(lengths, max_length, stage_starts)
+            packs = staged_packs(units, max_length, unit_starts)
         else:
-            packs = single_packs(len(lengths), stage_starts)
+            packs = single_packs(len(units), unit_starts)
+        packs = packs_of_units(packs, self.rows_per_unit)
         write_packs(self.folder, self.name, packs)
         split.finish()
         self.digest = tokens.digest + b"".join(part.tobytes() for part in (packs.indices, packs.starts, packs.stages))

@@ -32,13 +32,20 @@ from mixture.tokenizers import (
     span_mask,
 )
 
-Objective = Literal["sft", "pretrain", "mixed"]
-"""What counts in the loss: assistant turns, every token, or the former in conversations and the latter in texts."""
+Objective = Literal["sft", "pretrain", "mixed", "pairs", "labelled"]
+"""What counts in the loss: assistant turns, every token, or the former in conversations and the latter in texts; or
+answers that are compared or labelled (mixture/preferences.py)."""
 
 OverLength = Literal["drop", "split", "truncate"]
 Mask = npt.NDArray[np.bool_]
 
-OVER_LENGTH_DEFAULT: dict[Objective, OverLength | None] = {"sft": "drop", "pretrain": "split", "mixed": None}
+OVER_LENGTH_DEFAULT: dict[Objective, OverLength | None] = {
+    "sft": "drop",
+    "pretrain": "split",
+    "mixed": None,
+    "pairs": "drop",
+    "labelled": "drop",
+}
 """None: conversations are dropped, and texts split."""
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")

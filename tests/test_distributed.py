@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,12 @@ import distillation
 import finetuning
 from distilling.config import CacheConfig
 from distilling.run import DistillationRun
+from jobs.config import PROJECT
+from mixture.config import DatasetConfig
+from mixture.dataset_modules import ModuleFile
+from mixture.prepare import PreparationRequest, prepare
 from training.checkpoints import newest_valid
-from training.config import LoraConfig
+from training.config import FinetuningConfig, LoraConfig
 from training.distributed import Ranks, agree_on_any, failing_together, from_main, join_ranks, tasks_on_node
 from training.ledger import Ledger
 from training.run import FinetuningRun, TrainerRun
@@ -141,6 +146,32 @@ def test_three_ranks_distil_exactly_and_see_the_loss_that_one_rank_sees(
     for line_of_one, line_of_three in zip(one_rank.folder.metrics(), whole.folder.metrics(), strict=True):
         for part in ("loss", "cross_entropy", "divergence"):
             assert line_of_three[part] == pytest.approx(line_of_one[part], rel=1e-4)
+
+
+@pytest.mark.parametrize(("objective", "prepared_for"), [("dpo", "pairs"), ("kto", "labelled"), ("reward", "pairs")])
+def test_three_ranks_learn_preferences_exactly_and_as_one_rank_does(
+    objective: Any, prepared_for: Any, on_three_ranks: OnThreeRanks, make_run: MakeRun, tmp_path: Path
+) -> None:
+    request = PreparationRequest(
+        dataset=DatasetConfig(name="synthetic_preferences", max_length=128, module_keys={"num_rows": 16}),
+        module=ModuleFile(PROJECT / "datasets/synthetic_preferences.py"),
+        tokenizer=make_run("unused").model.name, objective=prepared_for, seed=1,
+    )  # fmt: skip
+    prepared = prepare(request, tmp_path, lambda line: None).folder
+
+    def preference_run(name: str, **training: Any) -> FinetuningRun:
+        run = make_run(name, training={"lr": 1e-3, "batch_size": 1, "log_every": 1, **training})
+        return replace(run, module=None, prepared=prepared, finetuning=FinetuningConfig(objective=objective))
+
+    one_rank = preference_run("one-rank", batch_size=3, epochs_per_job=2)
+    whole, chain = preference_run("whole", epochs_per_job=2), preference_run("chain", total_jobs=2)
+    train_all([one_rank])
+    on_three_ranks(train_all, [chain, whole])
+
+    assert_same_weights(chain, whole)
+    for line_of_one, line_of_three in zip(one_rank.folder.metrics(), whole.folder.metrics(), strict=True):
+        for part in ("loss", "accuracy", "margin"):
+            assert line_of_three[part] == pytest.approx(line_of_one[part], rel=1e-3, abs=1e-5)
 
 
 def test_a_chain_begun_on_three_ranks_is_not_resumed_on_one(on_three_ranks: OnThreeRanks, make_run: MakeRun) -> None:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from training.batches import Collate, ComputeLoss, PackedDataset
-    from training.trainer import BlockTrainer, ExtraMetrics
+    from training.evaluation import GenerationScore
+    from training.trainer import BeginStep, BlockTrainer, ExtraMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +111,12 @@ def make_trainer(
     objective: str,
     collate: Collate | None = None,
     extra_metrics: ExtraMetrics | None = None,
+    begin_step: BeginStep | None = None,
 ) -> BlockTrainer:
     """The trainer of a block. A checkpoint of another data, objective or schedule is refused.
 
-    `objective` names all that shapes the loss; `extra_metrics` are logged beside it.
+    `objective` names all that shapes the loss; `extra_metrics` are logged beside it; `begin_step` counts what the
+    loss is divided by, where that is not the supervised tokens.
     """
     from training.batches import collate as plain_collate
     from training.models import parameters_hash, precision
@@ -138,6 +141,7 @@ def make_trainer(
         compute_loss,
         collate=collate or plain_collate,
         extra_metrics=extra_metrics,
+        begin_step=begin_step,
         config=run.training,
         arguments=training_arguments(
             run.training, folder=run.folder, horizon=start.horizon, seed=run.seed, precision=precision(run.model)
@@ -213,37 +217,49 @@ def scores_on_test_split(
     ranks: Ranks,
 ) -> dict[str, Any]:
     """What evaluation.json holds of any model: test loss, and answers where the dataset module scores them."""
-    from mixture.dataset_modules import score_function
-    from training.evaluation import as_json, generation_score, held_out_loss
+    from training.evaluation import as_json, held_out_loss
     from training.models import precision
 
     prepared = open_prepared(run)
-    batch_size = run.evaluation.batch_size or run.training.batch_size
     loss = None
     if prepared.splits.get("test"):
         loss = held_out_loss(
             model,
             build_data(run, "test"),
             compute_loss,
-            batch_size=batch_size,
+            batch_size=run.evaluation.batch_size or run.training.batch_size,
             precision=precision(run.model),
             ranks=ranks,
         )
-    generated = None
-    # Preparation keeps the questions of the test split where the module scores answers and its rows hold questions.
-    questions_file = prepared.folder / "test_rows.jsonl"
-    score = score_function(run.module) if run.module and run.evaluation.limit and questions_file.exists() else None
-    if score:
-        generated = generation_score(
-            model.to(precision(run.model)),
-            tokenizer,
-            questions_file,
-            score,
-            config=run.evaluation,
-            batch_size=batch_size,
-            ranks=ranks,
-        )
+    generated = scored_answers(run, model, tokenizer, ranks)
     return as_json(loss, generated, step=checkpoint.step, epoch=checkpoint.epoch)
+
+
+def scored_answers(
+    run: TrainerRun, model: Any, tokenizer: PreTrainedTokenizerBase, ranks: Ranks
+) -> GenerationScore | None:
+    """Answers to the questions of the test split, scored by the dataset module; None where it scores none.
+
+    Turns the weights into the precision that answers are written in.
+    """
+    from mixture.dataset_modules import score_function
+    from training.evaluation import generation_score
+    from training.models import precision
+
+    # Preparation keeps the questions of the test split where the module scores answers and its rows hold questions.
+    questions_file = open_prepared(run).folder / "test_rows.jsonl"
+    score = score_function(run.module) if run.module and run.evaluation.limit and questions_file.exists() else None
+    if not score:
+        return None
+    return generation_score(
+        model.to(precision(run.model)),
+        tokenizer,
+        questions_file,
+        score,
+        config=run.evaluation,
+        batch_size=run.evaluation.batch_size or run.training.batch_size,
+        ranks=ranks,
+    )
 
 
 def checkpoint_to_evaluate(run: TrainerRun, ranks: Ranks) -> Checkpoint:

@@ -218,12 +218,152 @@ class SaveInterval:
 
 
 @dataclass(kw_only=True, frozen=True)
+class DpoConfig:
+    """Direct preference optimisation, read where `finetuning.objective` is dpo."""
+
+    loss: Literal["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "simpo"] = "sigmoid"
+    """How a pair's margin becomes a loss; each with its paper in training/preference_losses.py. `sigmoid_norm` and
+    `simpo` divide log-probabilities by the answer's tokens, and `simpo` needs no reference."""
+
+    beta: float = 0.1
+    """Strength of the pull to the reference; for `ipo` its tau."""
+
+    label_smoothing: float = 0.0
+    """Share of pairs taken to be labelled the wrong way round, below 0.5; for `sigmoid` and `robust`."""
+
+    gamma: float = 0.0
+    """Margin by which `simpo` wants the chosen answer to win, in units of reward."""
+
+    sft_weight: float = 0.0
+    """Weight of the chosen answer's mean cross entropy beside the loss."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.beta <= 0:
+            problems.append(f"finetuning.dpo.beta must be above 0, got {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            problems.append(f"finetuning.dpo.label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            problems.append(f"finetuning.dpo.label_smoothing is read by sigmoid and robust only, not by {self.loss}")
+        if self.gamma and self.loss != "simpo":
+            problems.append(f"finetuning.dpo.gamma is read by simpo only, not by {self.loss}")
+        if self.sft_weight < 0:
+            problems.append(f"finetuning.dpo.sft_weight must not be negative, got {self.sft_weight}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares with the model as the chain began with it."""
+        return self.loss != "simpo"
+
+
+@dataclass(kw_only=True, frozen=True)
+class KtoConfig:
+    """Kahneman-Tversky optimisation on answers labelled one by one, read where `finetuning.objective` is kto."""
+
+    beta: float = 0.1
+    """Strength of the pull to the reference."""
+
+    desirable_weight: float = 1.0
+    """Weight of the loss of desirable answers."""
+
+    undesirable_weight: float = 1.0
+    """Weight of the loss of undesirable answers."""
+
+    has_reference = True
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.beta <= 0:
+            problems.append(f"finetuning.kto.beta must be above 0, got {self.beta}")
+        for key in ("desirable_weight", "undesirable_weight"):
+            if getattr(self, key) < 0:
+                problems.append(f"finetuning.kto.{key} must not be negative, got {getattr(self, key)}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+@dataclass(kw_only=True, frozen=True)
+class OrpoConfig:
+    """Odds ratio preference optimisation, read where `finetuning.objective` is orpo."""
+
+    odds_weight: float = 0.1
+    """Weight of the odds ratio beside the chosen answer's cross entropy."""
+
+    has_reference = False
+
+    def __post_init__(self) -> None:
+        if self.odds_weight <= 0:
+            raise ValueError(f"finetuning.orpo.odds_weight must be above 0, got {self.odds_weight}")
+
+
+@dataclass(kw_only=True, frozen=True)
+class RewardConfig:
+    """A reward model on pairs, read where `finetuning.objective` is reward."""
+
+    margin: float = 0.0
+    """Difference of rewards that the chosen answer should win by."""
+
+    centring: float = 0.0
+    """Weight of the squared sum of a pair's rewards, which keeps rewards around 0."""
+
+    has_reference = False
+
+    def __post_init__(self) -> None:
+        if self.margin < 0:
+            raise ValueError(f"finetuning.reward.margin must not be negative, got {self.margin}")
+        if self.centring < 0:
+            raise ValueError(f"finetuning.reward.centring must not be negative, got {self.centring}")
+
+
+PreferenceConfig = DpoConfig | KtoConfig | OrpoConfig | RewardConfig
+
+PREFERENCE_CONFIGS: dict[str, type[PreferenceConfig]] = {
+    "dpo": DpoConfig,
+    "kto": KtoConfig,
+    "orpo": OrpoConfig,
+    "reward": RewardConfig,
+}
+
+
+@dataclass(kw_only=True, frozen=True)
 class FinetuningConfig:
     """The finetuning trainer."""
 
-    objective: Literal["sft", "pretrain", "mixed"] = "sft"
+    objective: Literal["sft", "pretrain", "mixed", "dpo", "kto", "orpo", "reward"] = "sft"
     """`sft`: loss on assistant turns. `pretrain`: loss on every token. `mixed`: on assistant turns of conversations
-    and on every token of plain texts."""
+    and on every token of plain texts. `dpo`, `orpo`: of two answers the chosen one becomes likelier. `kto`: the same
+    of answers labelled one by one. `reward`: a model that gives the chosen answer the higher number."""
+
+    dpo: DpoConfig | None = None
+    """Settings of the objective of this name."""
+
+    kto: KtoConfig | None = None
+    """Settings of the objective of this name."""
+
+    orpo: OrpoConfig | None = None
+    """Settings of the objective of this name."""
+
+    reward: RewardConfig | None = None
+    """Settings of the objective of this name."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"finetuning.{name} is read only where finetuning.objective is {name}, and it is {self.objective}"
+            for name in PREFERENCE_CONFIGS
+            if name != self.objective and getattr(self, name) is not None
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def preference(self) -> PreferenceConfig | None:
+        """The settings of an objective that learns from preferences; None for the others."""
+        if self.objective not in PREFERENCE_CONFIGS:
+            return None
+        given: PreferenceConfig | None = getattr(self, self.objective)
+        return given or PREFERENCE_CONFIGS[self.objective]()
 
 
 @dataclass(kw_only=True, frozen=True)

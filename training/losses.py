@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.functional import linear, pad
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -80,6 +81,39 @@ def linear_loss(
         head = Head(head.weight.detach(), None if head.bias is None else head.bias.detach())
     sums: torch.Tensor = _LinearLoss.apply(hidden_NH, *head, chunk_loss, chunk_tokens)
     return sums
+
+
+def linear_log_probabilities(
+    hidden_NH: torch.Tensor,
+    head: Head,
+    targets_N: torch.Tensor,
+    shape: LogitShape = PLAIN_LOGITS,
+    chunk_tokens: int | None = None,
+) -> torch.Tensor:
+    """The log-probability of each target, [N], in nats; every one of them may have a gradient of its own.
+
+    The logits of a chunk are forgotten and computed again in the backward pass.
+    """
+    if chunk_tokens is None:
+        chunk_tokens = tokens_per_chunk(*head.weight.shape, device_type=hidden_NH.device.type)
+    parts = [
+        checkpoint(_log_probabilities, hidden, *head, targets, shape, use_reentrant=False, preserve_rng_state=False)
+        for hidden, targets in zip(hidden_NH.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _log_probabilities(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    shape: LogitShape,
+) -> torch.Tensor:
+    logits_NV = shape_logits(linear(hidden_NH.to(weight_VH.dtype), weight_VH, bias_V), shape)
+    sum_dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    chosen_N1 = logits_NV.gather(1, targets_N[:, None]).to(sum_dtype)
+    return chosen_N1.squeeze(1) - logits_NV.to(sum_dtype).logsumexp(-1)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -179,6 +213,21 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total += left @ right
 
 
+@dataclass(frozen=True)
+class SupervisedPlaces:
+    """Where a batch predicts a token that counts: the flat positions, [N], and the tokens to be predicted, [N]."""
+
+    index: torch.Tensor
+    targets: torch.Tensor
+
+
+def supervised_places(labels_BT: torch.Tensor) -> SupervisedPlaces:
+    """The places whose next token is a label."""
+    targets = pad(labels_BT[:, 1:], (0, 1), value=IGNORED).flatten()
+    index = (targets != IGNORED).nonzero().squeeze(1)
+    return SupervisedPlaces(index, targets[index])
+
+
 def causal_loss(
     hidden_BTH: torch.Tensor,
     head: Head,
@@ -190,13 +239,12 @@ def causal_loss(
 
     Summed and divided by `num_items_in_batch`, or by the supervised tokens of these rows; 0 where there are none.
     """
-    targets = pad(labels_BT[:, 1:], (0, 1), value=IGNORED).flatten().to(hidden_BTH.device)
-    supervised = (targets != IGNORED).nonzero().squeeze(1)
+    places = supervised_places(labels_BT.to(hidden_BTH.device))
     total = linear_cross_entropy(
-        hidden_BTH.flatten(0, 1).index_select(0, supervised), head.weight, targets[supervised], head.bias, shape
+        hidden_BTH.flatten(0, 1).index_select(0, places.index), head.weight, places.targets, head.bias, shape
     )
     if num_items_in_batch is None:
-        return total / max(len(supervised), 1)
+        return total / max(len(places.targets), 1)
     if isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / max(num_items_in_batch, 1)

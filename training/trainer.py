@@ -93,6 +93,11 @@ ExtraMetrics = Callable[[], dict[str, float]]
 """Further metrics since the last call; asked on all processes at every line that is logged."""
 
 
+BeginStep = Callable[[list[Batch]], float]
+"""Asked on all processes before an optimizer step, with the micro-batches of this one: the items of the step over all
+of them, which the loss is divided by."""
+
+
 @dataclass
 class BlockSchedule(TrainerCallback):
     """Decides after every optimizer step whether to log, to save and to end the block."""
@@ -183,6 +188,7 @@ class BlockTrainer(Trainer):
         *,
         collate: Collate,
         extra_metrics: ExtraMetrics | None,
+        begin_step: BeginStep | None,
         config: TrainingConfig,
         arguments: TrainingArguments,
         horizon: Horizon,
@@ -198,6 +204,7 @@ class BlockTrainer(Trainer):
         self.loss = loss
         self.collate_packs = partial(collate_numbered, collate=collate)
         self.extra_metrics = extra_metrics
+        self.begin_step = begin_step
         self.config = config
         self.horizon = horizon
         self.terms = terms
@@ -285,6 +292,8 @@ class BlockTrainer(Trainer):
         self.uncounted_tokens += self.tokens_of_step
         epoch = self.state.global_step // self.horizon.steps_per_epoch
         self.counter.begin_step(epoch, [batch.pop(ROW_NUMBERS) for batch in batches])
+        if self.begin_step:
+            num_items = torch.tensor(self.begin_step(batches), device=device)
         return batches, num_items
 
     def training_step(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mixture.formats import Sample, canonical_sample
+from mixture.preferences import as_messages, last_turns
 from mixture.render import Renderer, generation_prompt
 
 Phase = Literal["pretrain", "sft", "dpo", "ppo", "rlaif"]
@@ -177,21 +177,6 @@ def line_starts(path: Path) -> npt.NDArray[np.int64]:
     if len(starts) < 2:
         raise ValueError(f"{path} holds no rows")
     return starts
-
-
-def as_messages(value: str | Sequence[dict[str, Any]] | None, role: str) -> list[dict[str, Any]]:
-    """Turns as they are; a plain text as one turn of the role."""
-    return [{"role": role, "content": value}] if isinstance(value, str) else list(value or [])
-
-
-def last_turns(mask: Mask, answer: Sequence[dict[str, Any]]) -> Mask:
-    """Only those runs of the mask that the answer's assistant turns make up, the last ones."""
-    turns = sum(message["role"] == "assistant" for message in answer)
-    begins = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0) == 1)
-    kept = mask.copy()
-    if len(begins):
-        kept[: begins[-turns:][0]] = False
-    return kept
 
 
 def unsuited(sample: Sample, phase: str, needed: str) -> ValueError:
