@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,11 @@ def report_page(run: RunFolder) -> str:
     if metrics and "divergence" in metrics[-1]:
         parts = [Curve(series(metrics, "cross_entropy"), "#2f6fde"), Curve(series(metrics, "divergence"), "#d9541e")]
         charts.insert(1, chart("Cross entropy (blue) and divergence from the teacher (red)", parts, boundaries))
+    if metrics and "expert_balance" in metrics[-1]:
+        charts.append(
+            chart("Balance of the experts (1: even)", [Curve(series(metrics, "expert_balance"), "#2f6fde")], boundaries)
+        )
+        charts.append(chart("Share of the work of each expert", expert_curves(metrics), boundaries))
     name = html.escape(run.path.name)
     return "\n".join(
         [
@@ -93,6 +99,12 @@ def series(metrics: Sequence[dict[str, Any]], key: str) -> list[tuple[float, flo
     points = [(line["step"], line[key]) for line in metrics if is_number(line.get(key))]
     stride = max(1, math.ceil(len(points) / MAX_POINTS))
     return points[::stride] + (points[-1:] if (len(points) - 1) % stride else [])
+
+
+def expert_curves(metrics: Sequence[dict[str, Any]]) -> list[Curve]:
+    """A curve for each expert, in as many colours."""
+    names = [name for name in metrics[-1] if re.fullmatch(r"expert_\d+", name)]
+    return [Curve(series(metrics, name), f"hsl({360 * n // len(names)} 70% 45%)") for n, name in enumerate(names)]
 
 
 def is_number(value: Any) -> bool:
