@@ -204,6 +204,28 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path, overrid
     assert any(told in line for line in problems_of(write(tmp_path, SMALLEST), *overrides))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["--model.peft_method", "prefix_tunning"], "did you mean prefix_tuning?"),
+        (["--model.peft_method", "loha", "--model.adapter.rank", "3"], "model.adapter.rank: loha has no such option"),
+        (["--model.peft_method", "loha", "--model.lora.r", "3"], "model.lora is not read by loha"),
+        (["--model.experts.num", "3"], "model.experts is read only by model.peft_method: lora_moe"),
+        (
+            ["--model.peft_method", "prompt_tuning", "--model.adapter.num_virtual_tokens", "3"],
+            "set dataset.packing: false",
+        ),
+        (["--model.peft_method", "lora_moe", "--trainer", "distillation"], "is trained by trainer: finetuning only"),
+        (["--model.peft_method", "adalora", "--training.arguments.fsdp", "full_shard"], "keeps in shards"),
+        (["--model.peft_method", "lora_moe", "--model.merge_adapter", "true"], "lora_moe cannot be merged: which"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused_before_the_queue(tmp_path: Path, overrides: list[str], told: str) -> None:
+    teacher = ["--distillation.teacher_model.name", "configs/models/tiny"] if "distillation" in overrides else []
+    problems = problems_of(write(tmp_path, SMALLEST), "--model.peft", "true", *overrides, *teacher)
+    assert any(told in line for line in problems), problems
+
+
 def test_every_setting_survives_being_stored_in_the_run_folder(tmp_path: Path) -> None:
     import yaml
 
