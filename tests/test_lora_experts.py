@@ -116,6 +116,23 @@ def test_padding_takes_no_part_in_the_balance_and_packing_changes_nothing(base: 
         torch.testing.assert_close(probability, packed_probability, atol=1e-5, rtol=1e-5)
 
 
+def test_recomputed_activations_give_the_routers_the_same_gradients(base: Path) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = build_model(ModelConfig(**experts_model(base)), seed=1).train()
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in expert_layers(model):
+            layer.shape = replace(layer.shape, dropout=0.0)
+        loss = model(**flat_batch([np.arange(5, 14)], [np.ones(9, dtype=bool)])).loss
+        balances = [balance(*layer.take_routing()) for layer in expert_layers(model)]
+        (loss + torch.stack(balances).mean()).backward()
+        gradients.append([layer.router.grad for layer in expert_layers(model)])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert plain is not None and plain.abs().sum() > 0
+        torch.testing.assert_close(plain, recomputed)
+
+
 def test_experts_and_routers_learn_and_their_load_becomes_even(make_run: MakeRun, base: Path) -> None:
     begun = build_model(ModelConfig(**experts_model(base)), seed=1)
     before = {name: weight for name, weight in begun.named_parameters() if weight.requires_grad}
