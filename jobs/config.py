@@ -354,6 +354,14 @@ def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
                 "use varlen, or set dataset.packing: false",
             )
         )
+    if config.model.adapters and config.trainer != "finetuning":
+        problems.append(
+            Problem(
+                tree.place(("model", "adapters")),
+                f"model.adapters are merged by trainer: finetuning only, not by {config.trainer}; merge them first and "
+                "name what they made as the model",
+            )
+        )
     if not config.model.peft:
         for key in ("lora", "peft_method", "adapter", "experts"):
             if tree.values["model"].get(key) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetuning
+from jobs.preflight import find_adapter
 from training.adapter_options import (
     EXPERTS,
     LORA_FAMILY,
@@ -241,6 +243,42 @@ def test_an_adapter_that_fits_no_layer_is_refused_with_the_key_and_the_layers(ba
     config = ModelConfig(name=str(base), peft=True, peft_method="loha", adapter={"target_modules": ["query"]})
     with pytest.raises(ValueError, match=r"model.adapter: loha does not fit this model: .*\n.*q_proj"):
         build_model(config, seed=1)
+
+
+@pytest.mark.parametrize("peft", [True, False])
+def test_adapters_trained_before_are_merged_below_what_is_trained_next(
+    peft: bool, base: Path, tmp_path: Path, make_run: MakeRun
+) -> None:
+    from peft import PeftModel
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for name, seed in (("first", 1), ("second", 2)):
+        config = replace(model_config("lora", base), adapter={})
+        model = build_model(config, seed=seed)
+        train(model, range(seed, seed + 3), torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), 1e-2))
+        export_model(model, tokenizer, tmp_path / name, step=3, config=config)
+    adapters = [str(tmp_path / name) for name in ("first", "second")]
+    keys = {"name": str(base), "from_scratch": False, "adapters": adapters, "peft": peft, "merge_adapter": peft}
+    run = make_run("run", model=keys, training={"lr": 1e-9, "total_jobs": 2})
+    finetuning.train(run)
+    finetuning.train(run)
+    expected = AutoModelForCausalLM.from_pretrained(base)
+    for adapter in adapters:
+        expected = PeftModel.from_pretrained(expected, adapter).merge_and_unload()
+    whole = AutoModelForCausalLM.from_pretrained(run.folder.export / ("merged" if peft else ""))
+    ids = {"input_ids": batch(9)["input_ids"]}
+    torch.testing.assert_close(whole(**ids).logits, expected(**ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_to_merge_must_be_there_and_of_a_kind_that_can_be_merged(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no folder nowhere with an adapter_config.json"):
+        find_adapter("nowhere", tmp_path)
+    config = model_config("prompt_tuning", base)
+    export_model(
+        build_model(config, seed=1), AutoTokenizer.from_pretrained(base), tmp_path / "p", step=1, config=config
+    )
+    with pytest.raises(ValueError, match=r"cannot be merged: it is of the kind prompt_tuning, and what it learns"):
+        find_adapter("p", tmp_path)
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(base: Path, tmp_path: Path) -> None:

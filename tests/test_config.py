@@ -216,6 +216,7 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path, overrid
             "set dataset.packing: false",
         ),
         (["--model.peft_method", "lora_moe", "--trainer", "distillation"], "is trained by trainer: finetuning only"),
+        (["--model.adapters", "[a]"], "model.adapters needs model.merge_adapter: true"),
         (["--model.peft_method", "adalora", "--training.arguments.fsdp", "full_shard"], "keeps in shards"),
         (["--model.peft_method", "lora_moe", "--model.merge_adapter", "true"], "lora_moe cannot be merged: which"),
     ],

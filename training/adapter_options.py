@@ -101,7 +101,7 @@ def adapter_problems(name: str, options: Mapping[str, Any], *, merge: bool) -> l
             f"model.adapter.{key}: {EXPERTS} is told by model.lora and model.experts; leave model.adapter out"
             for key in options
         ]
-        return problems + merge_problems(name, is_prompt=False, merge=merge)
+        return problems + (merge_problems(name) if merge else [])
     if name in REFUSED:
         return [f"model.peft_method: {name} {REFUSED[name]}; choose another"]
     if name not in method_names():
@@ -114,7 +114,7 @@ def adapter_problems(name: str, options: Mapping[str, Any], *, merge: bool) -> l
     problems = [problem for key, value in options.items() if (problem := option_problem(method, key, value))]
     if method.required and method.required not in options:
         problems.append(f"model.adapter.{method.required} is missing, and {name} has no default for it")
-    return problems + merge_problems(name, is_prompt=method.is_prompt, merge=merge)
+    return problems + (merge_problems(name) if merge else [])
 
 
 def option_problem(method: AdapterMethod, key: str, value: Any) -> str | None:
@@ -140,9 +140,18 @@ def option_problem(method: AdapterMethod, key: str, value: Any) -> str | None:
     return None
 
 
-def merge_problems(name: str, *, is_prompt: bool, merge: bool) -> list[str]:
-    reason = "what it learns stands before the text, not in the weights" if is_prompt else NOT_MERGEABLE.get(name)
-    return [f"model.merge_adapter: {name} cannot be merged: {reason}; leave it out"] if merge and reason else []
+def merge_problems(name: str) -> list[str]:
+    reason = not_mergeable(name)
+    return [f"model.merge_adapter: {name} cannot be merged: {reason}; leave it out"] if reason else []
+
+
+def not_mergeable(name: str) -> str | None:
+    """Why adapters of this method cannot become part of the base's weights; None where they can."""
+    return (
+        "what it learns stands before the text, not in the weights"
+        if is_prompt_method(name)
+        else NOT_MERGEABLE.get(name)
+    )
 
 
 def is_prompt_method(name: str) -> bool:

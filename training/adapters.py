@@ -68,6 +68,18 @@ def add_adapter(network: PreTrainedModel, model: ModelConfig, *, seed: int) -> P
     return adapted
 
 
+def merge_adapters(network: PreTrainedModel, folders: Sequence[str]) -> PreTrainedModel:
+    """The model with adapters that were trained before as a part of its weights, one after another."""
+    from peft import PeftModel
+
+    for folder in folders:
+        try:
+            network = PeftModel.from_pretrained(network, folder).merge_and_unload(safe_merge=True)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise ValueError(f"model.adapters: {folder} cannot be merged into this model: {error}") from error
+    return network.requires_grad_(True)
+
+
 def experts_shape(model: ModelConfig) -> ExpertsShape:
     lora, experts = model.lora, model.experts
     return ExpertsShape(
@@ -289,6 +301,7 @@ def export_adapter(model: Any, folder: Path, config: ModelConfig, *, step: int) 
 def adapter_card(model: nn.Module, config: ModelConfig, *, step: int) -> str:
     """The README.md of an exported adapter."""
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    below = f"It was trained on the base with {', '.join(config.adapters)} merged in; `merged/` holds all of them.\n\n"
     revision = f", revision={config.revision!r}" if config.revision else ""
     options = {"lora": asdict(config.lora)} if config.peft_method in (*LORA_FAMILY, EXPERTS) else {}
     options |= {"experts": asdict(config.experts)} if config.peft_method == EXPERTS else {}
@@ -308,7 +321,7 @@ tags: [{config.peft_method}]
 
 Kind: {config.peft_method}, {trained:,} trained numbers, after {step} optimizer steps.
 
-It holds the difference to its base model and needs it:
+{below if config.adapters else ""}It holds the difference to its base model and needs it:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -126,6 +126,9 @@ class ModelConfig:
     adapter: dict[str, Any] = field(default_factory=dict)
     """Options of `peft_method`: the fields of its config class in peft, as {init_lora_weights: pissa} of lora."""
 
+    adapters: list[str] = field(default_factory=list)
+    """Folders of adapters trained before, merged into the model in this order before anything is trained."""
+
     merge_adapter: bool = False
     """Export the base model with the adapter merged in, beside the adapter."""
 
@@ -137,6 +140,14 @@ class ModelConfig:
             raise ValueError("model.merge_adapter needs model.peft: true")
         if self.from_scratch and self.peft:
             raise ValueError("model.from_scratch cannot be combined with model.peft: an adapter on random weights")
+        if self.adapters and self.from_scratch:
+            raise ValueError("model.adapters belong to trained weights, which model.from_scratch does not have")
+        if self.adapters and self.peft and self.peft_method == "qlora":
+            raise ValueError("model.adapters cannot be merged into the 4 bits of model.peft_method: qlora; use lora")
+        if self.adapters and self.peft and not self.merge_adapter:
+            raise ValueError(
+                "model.adapters needs model.merge_adapter: true: a new adapter fits model.name only with those below it"
+            )
         problems = adapter_problems(self.peft_method, self.adapter, merge=self.merge_adapter) if self.peft else []
         if problems:
             raise ValueError("\n".join(problems))

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 from transformers.utils.logging import disable_progress_bar
 
 from training.adapter_options import EXPERTS
-from training.adapters import add_adapter, export_adapter, four_bits, load_adapter_state
+from training.adapters import add_adapter, export_adapter, four_bits, load_adapter_state, merge_adapters
 from training.attention import check_packable, register_varlen_attention
 from training.config import ModelConfig
 from training.export import replacing
@@ -58,9 +58,8 @@ def build_model(
     require_embeddings(model, config)
     set_seed(seed)
     if checkpoint and not model.peft:
-        network = load_weights(
-            replace(model, name=str(checkpoint), revision=None), shallower(config, layers) if layers else config
-        )
+        trained = replace(model, name=str(checkpoint), revision=None, adapters=[])
+        network = load_weights(trained, shallower(config, layers) if layers else config)
     elif model.from_scratch:
         network = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=model.attention, trust_remote_code=model.trust_remote_code
@@ -121,12 +120,13 @@ def load_frozen_model(model: ModelConfig) -> PreTrainedModel:
 
 def load_weights(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The trained weights; unless told otherwise in float32, and as the base of an adapter in `precision(model)`."""
+    dtype = dtype or (precision(model) if model.peft else torch.float32)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        network = AutoModelForCausalLM.from_pretrained(
             model.name,
             config=config,
             revision=model.revision,
-            dtype=dtype or (precision(model) if model.peft else torch.float32),
+            dtype=torch.float32 if model.adapters else dtype,
             attn_implementation=model.attention,
             trust_remote_code=model.trust_remote_code,
             quantization_config=four_bits(precision(model)) if model.peft_method == "qlora" and model.peft else None,
@@ -136,6 +136,7 @@ def load_weights(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.d
             f"model.name: {model.name!r} has a config and no weights that can be read. {where_tried(model.name)} "
             f"To start with random weights, set model.from_scratch: true.\n{error}"
         ) from error
+    return merge_adapters(network, model.adapters).to(dtype) if model.adapters else network
 
 
 def shallower(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
@@ -174,11 +175,10 @@ def precision(model: ModelConfig) -> torch.dtype:
 def parameters_hash(network: torch.nn.Module, model: ModelConfig) -> str:
     """Of what is trained: names and shapes, and for an adapter its settings and the base that it belongs to."""
     shapes = [(name, list(weight.shape)) for name, weight in network.named_parameters() if weight.requires_grad]
-    adapter = None
-    if model.peft:
-        adapter = [model.name, model.revision, model.peft_method, asdict(model.lora), model.adapter]
-        adapter += [asdict(model.experts)] if model.peft_method == EXPERTS else []
-    return hashlib.sha256(json.dumps([shapes, adapter]).encode()).hexdigest()[:16]
+    base = [model.name, model.revision, *model.adapters]
+    adapter = [*base, model.peft_method, asdict(model.lora), model.adapter] if model.peft else model.adapters or None
+    experts = asdict(model.experts) if model.peft and model.peft_method == EXPERTS else None
+    return hashlib.sha256(json.dumps([shapes, adapter, experts]).encode()).hexdigest()[:16]
 
 
 def export_model(
