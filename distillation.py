@@ -87,11 +87,12 @@ def build_model(run: DistillationRun, start: Checkpoint | None, *, with_projecti
     from distilling.hidden_states import add_projections, load_projections
     from distilling.student import use_distillation_loss
     from training import models
+    from training.adapters import is_adapter
 
     student = models.build_model(
         student_model(run), seed=run.seed, checkpoint=start.path if start else None, layers=kept_layers(run)
     )
-    network: Any = student.get_base_model() if models.is_adapter(student) else student
+    network: Any = student.get_base_model() if is_adapter(student) else student
     use_distillation_loss(network, vocabulary=shared_vocabulary(run))
     if run.distillation.hidden_states.weight and with_projections:
         width = teacher_shape(run).hidden_size

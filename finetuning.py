@@ -94,9 +94,10 @@ def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module
         return build_reward_model(run.model, seed=run.seed, checkpoint=checkpoint)
     model = models.build_model(run.model, seed=run.seed, checkpoint=checkpoint)
     if run.finetuning.preference is not None:
+        from training.adapters import is_adapter
         from training.preferences import use_log_probabilities
 
-        network: Any = model.get_base_model() if models.is_adapter(model) else model
+        network: Any = model.get_base_model() if is_adapter(model) else model
         use_log_probabilities(network)
     return model
 
@@ -121,7 +122,8 @@ def compute_loss(model: torch.nn.Module, batch: dict[str, Any], num_items: torch
 
 def preference_loss(run: FinetuningRun, model: torch.nn.Module) -> PreferenceLoss:
     """`compute_loss` of preferences, and the reference that it compares with: the model as the chain began with it."""
-    from training.models import is_adapter, precision
+    from training.adapters import is_adapter
+    from training.models import precision
     from training.preferences import PreferenceLoss, Reference
 
     config = run.finetuning.preference

@@ -16,6 +16,7 @@ from mixture.config import DatasetConfig
 from mixture.render import Objective
 from settings.typed import build, leaves
 from settings.yaml_tree import ConfigError, ConfigTree, Problem, read_config_file, read_overrides
+from training.adapter_options import EXPERTS, LORA_FAMILY, is_prompt_method
 from training.arguments import OWNED_ARGUMENTS, training_argument_names
 from training.config import EvaluationConfig, FinetuningConfig, ModelConfig, TrainingConfig
 
@@ -357,12 +358,22 @@ def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
                 "use varlen, or set dataset.packing: false",
             )
         )
+    if config.model.adapters and config.trainer != "finetuning":
+        problems.append(
+            Problem(
+                tree.place(("model", "adapters")),
+                f"model.adapters are merged by trainer: finetuning only, not by {config.trainer}; merge them first and "
+                "name what they made as the model",
+            )
+        )
     if not config.model.peft:
-        for key in ("lora", "peft_method"):
+        for key in ("lora", "peft_method", "adapter", "experts"):
             if tree.values["model"].get(key) is not None:
                 problems.append(
                     Problem(tree.place(("model", key)), f"model.{key} is read only where model.peft is true")
                 )
+    else:
+        problems += contradictions_of_adapter(config, tree)
     if config.trainer == "finetuning" and config.finetuning.objective == "reward" and config.model.peft:
         problems.append(
             Problem(
@@ -387,6 +398,42 @@ def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
     if config.distillation is not None and config.distillation.from_teacher is not None:
         problems += contradictions_of_student(config.model, config.distillation.teacher_model, tree)
     return problems
+
+
+def contradictions_of_adapter(config: RunConfig, tree: ConfigTree) -> list[Problem]:
+    """What cannot be said beside the kind of adapter."""
+    method, model = config.model.peft_method, tree.values["model"]
+    messages = {}
+    if method not in (*LORA_FAMILY, EXPERTS) and model.get("lora") is not None:
+        messages["lora"] = f"model.lora is not read by {method}; its options go into model.adapter"
+    if method != EXPERTS and model.get("experts") is not None:
+        messages["experts"] = f"model.experts is read only by model.peft_method: {EXPERTS}"
+    if is_prompt_method(method) and config.dataset.packing:
+        messages["peft_method"] = (
+            f"model.peft_method: {method} stands before every sample, so each sample is a row of its own, and packs of "
+            "them would mostly be padding; set dataset.packing: false"
+        )
+    if config.trainer != "finetuning" and (method == EXPERTS or is_prompt_method(method)):
+        messages["peft_method"] = (
+            f"model.peft_method: {method} is trained by trainer: finetuning only, not by {config.trainer}; use lora"
+        )
+    preference = config.finetuning.preference if config.trainer == "finetuning" else None
+    if preference is not None and (method == EXPERTS or is_prompt_method(method)):
+        messages["peft_method"] = (
+            f"model.peft_method: {method} does not learn from preferences; use lora, or finetuning.objective: sft"
+        )
+    if preference is not None and preference.has_reference and "init_lora_weights" in config.model.adapter:
+        messages["adapter"] = (
+            "model.adapter.init_lora_weights: the reference of preferences is the model with its adapter off, and "
+            "other first weights change the model below; leave it out"
+        )
+    for key in ("fsdp", "deepspeed"):
+        if config.training.arguments.get(key) and method in (EXPERTS, "adalora"):
+            messages["peft_method"] = (
+                f"model.peft_method: {method} looks at whole weights between the steps, which training.arguments.{key} "
+                "keeps in shards; leave that out"
+            )
+    return [Problem(tree.place(("model", key)), message) for key, message in messages.items()]
 
 
 def contradictions_of_student(model: ModelConfig, teacher: TeacherModelConfig, tree: ConfigTree) -> list[Problem]:

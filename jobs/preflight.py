@@ -27,6 +27,7 @@ from mixture.hub import absolute_data_files
 from mixture.prepare import PreparationRequest
 from mixture.recipe import Mixture
 from settings.yaml_tree import ConfigError, Problem
+from training.adapter_options import EXPERTS, not_mergeable
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -120,6 +121,7 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
     tokenizer = config.model.tokenizer
     if tokenizer is not None:
         tokenizer = collect("model.tokenizer", find_model, tokenizer, None, folder, "tokenizer_config.json")
+    adapters = [collect("model.adapters", find_adapter, adapter, folder) for adapter in config.model.adapters]
     collect("model.peft_method", check_adapter_packages, config.model.peft, config.model.peft_method)
     checkpoint_dir = collect("model.checkpoint_dir", absolute_checkpoint_dir, config.model.checkpoint_dir)
     collect("runs_dir", check_writable, config.folder.parent)
@@ -144,7 +146,7 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
         runs_dir=str(config.folder.parent),
         data_dir=str(config.data_folder),
         dataset=replace(dataset, file=f"{module.path}:{module.function}") if module else dataset,
-        model=replace(config.model, name=name, tokenizer=tokenizer, checkpoint_dir=checkpoint_dir),
+        model=replace(config.model, name=name, tokenizer=tokenizer, adapters=adapters, checkpoint_dir=checkpoint_dir),
         distillation=distillation,
     )
     notes += context_notes(config)
@@ -273,6 +275,23 @@ def find_model(name: str, revision: str | None, config_folder: Path, needed_file
         raise ValueError(f"no folder {name}, and it cannot be a hub id (organisation/model) either")
     check_hub_model(name, revision, needed_file)
     return name
+
+
+def find_adapter(name: str, config_folder: Path) -> str:
+    """The folder of a trained adapter that can be merged, as an absolute path.
+
+    Raises:
+        ValueError: no such folder, no adapter in it, or one that never becomes part of the weights.
+    """
+    for folder in (config_folder, PROJECT, Path.cwd()):
+        candidate = folder / Path(name).expanduser()
+        if (candidate / "adapter_config.json").is_file():
+            method = json.loads((candidate / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"].lower()
+            method = EXPERTS if method == "lora_experts" else method
+            if reason := not_mergeable(method):
+                raise ValueError(f"{candidate} cannot be merged: it is of the kind {method}, and {reason}")
+            return str(candidate.resolve())
+    raise ValueError(f"no folder {name} with an adapter_config.json")
 
 
 def check_hub_model(name: str, revision: str | None, needed_file: str) -> None:

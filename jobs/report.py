@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,11 @@ def report_page(run: RunFolder) -> str:
             held_out = [(event["step"], event[f"eval_{key}"]) for event in ends]
             parts = [Curve(series(metrics, key), "#2f6fde"), Curve(held_out, "#d9541e", dots=True)]
             charts.append(chart(f"{title} (line: training, dots: test split at block ends)", parts, boundaries))
+    if metrics and "expert_balance" in metrics[-1]:
+        charts.append(
+            chart("Balance of the experts (1: even)", [Curve(series(metrics, "expert_balance"), "#2f6fde")], boundaries)
+        )
+        charts.append(chart("Share of the work of each expert", expert_curves(metrics), boundaries))
     name = html.escape(run.path.name)
     return "\n".join(
         [
@@ -98,6 +104,12 @@ def series(metrics: Sequence[dict[str, Any]], key: str) -> list[tuple[float, flo
     points = [(line["step"], line[key]) for line in metrics if is_number(line.get(key))]
     stride = max(1, math.ceil(len(points) / MAX_POINTS))
     return points[::stride] + (points[-1:] if (len(points) - 1) % stride else [])
+
+
+def expert_curves(metrics: Sequence[dict[str, Any]]) -> list[Curve]:
+    """A curve for each expert, in as many colours."""
+    names = [name for name in metrics[-1] if re.fullmatch(r"expert_\d+", name)]
+    return [Curve(series(metrics, name), f"hsl({360 * n // len(names)} 70% 45%)") for n, name in enumerate(names)]
 
 
 def is_number(value: Any) -> bool:

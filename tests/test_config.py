@@ -188,12 +188,17 @@ def test_a_secret_among_the_settings_is_refused_and_not_shown(tmp_path: Path) ->
     assert "hf_abcdef" not in "".join(told)
 
 
+LEARN_BY_DPO = ["--finetuning.objective", "dpo", "--model.peft", "true"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
         (["--model.attention", "sdpa"], "would let packed samples see each other"),
         (["--model.lora.r", "8"], "read only where model.peft is true"),
         (["--slurm.gpu_id", "1", "--slurm.gpus_per_node", "2"], "keep one of them"),
+        ([*LEARN_BY_DPO, "--model.peft_method", "lora_moe"], "does not learn from preferences"),
+        ([*LEARN_BY_DPO, "--model.adapter", "{init_lora_weights: pissa}"], "change the model below"),
         (["--slurm.extra.dependency", "afterok:1"], "is set by the chain itself"),
         (["--model.merge_adapter", "true"], "needs model.peft"),
         (["--training.save_every", "sometimes"], "must be steps (200) or a time"),
@@ -202,6 +207,29 @@ def test_a_secret_among_the_settings_is_refused_and_not_shown(tmp_path: Path) ->
 )
 def test_settings_that_contradict_each_other_are_refused(tmp_path: Path, overrides: list[str], told: str) -> None:
     assert any(told in line for line in problems_of(write(tmp_path, SMALLEST), *overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["--model.peft_method", "prefix_tunning"], "did you mean prefix_tuning?"),
+        (["--model.peft_method", "loha", "--model.adapter.rank", "3"], "model.adapter.rank: loha has no such option"),
+        (["--model.peft_method", "loha", "--model.lora.r", "3"], "model.lora is not read by loha"),
+        (["--model.experts.num", "3"], "model.experts is read only by model.peft_method: lora_moe"),
+        (
+            ["--model.peft_method", "prompt_tuning", "--model.adapter.num_virtual_tokens", "3"],
+            "set dataset.packing: false",
+        ),
+        (["--model.peft_method", "lora_moe", "--trainer", "distillation"], "is trained by trainer: finetuning only"),
+        (["--model.adapters", "[a]"], "model.adapters needs model.merge_adapter: true"),
+        (["--model.peft_method", "adalora", "--training.arguments.fsdp", "full_shard"], "keeps in shards"),
+        (["--model.peft_method", "lora_moe", "--model.merge_adapter", "true"], "lora_moe cannot be merged: which"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused_before_the_queue(tmp_path: Path, overrides: list[str], told: str) -> None:
+    teacher = ["--distillation.teacher_model.name", "configs/models/tiny"] if "distillation" in overrides else []
+    problems = problems_of(write(tmp_path, SMALLEST), "--model.peft", "true", *overrides, *teacher)
+    assert any(told in line for line in problems), problems
 
 
 def test_every_setting_survives_being_stored_in_the_run_folder(tmp_path: Path) -> None:

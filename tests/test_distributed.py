@@ -97,9 +97,13 @@ def test_three_ranks_resume_exactly_and_see_the_loss_that_one_rank_sees(
     adapter = {"model": {**base, "lora": LoraConfig(dropout=0.1)}}
     whole_adapter = make_run("whole-adapter", **adapter, training={**training, "epochs_per_job": 2})
     chain_adapter = make_run("chain-adapter", **adapter, training={**training, "total_jobs": 2})
-    on_three_ranks(train_all, [chain, whole, chain_adapter, whole_adapter])
+    experts = {"model": {**base, "peft_method": "lora_moe", "lora": LoraConfig(r=2)}}
+    whole_experts = make_run("whole-experts", **experts, training={**training, "epochs_per_job": 2})
+    chain_experts = make_run("chain-experts", **experts, training={**training, "total_jobs": 2})
+    on_three_ranks(train_all, [chain, whole, chain_adapter, whole_adapter, chain_experts, whole_experts])
 
     assert_same_weights(chain, whole)
+    assert_same_weights(chain_experts, whole_experts)
     assert_same_weights(chain_adapter, whole_adapter)
     rows = 13
     assert rows % 6 == 1, "the last step of an epoch leaves two ranks without a row"

@@ -15,7 +15,7 @@ from training.checkpoints import Checkpoint, NoValidCheckpointError, ResumeTerms
 from training.distributed import Ranks, failing_together, from_main, join_ranks
 from training.export import is_exported, require_own_folder
 from training.run import BlockResult, TrainerRun
-from training.schedule import Horizon, terms_before_extensions
+from training.schedule import Horizon, first_horizon_steps, terms_before_extensions
 from training.stopping import StopPoll
 
 # torch and transformers take seconds to import, and a block with nothing left to do should not wait for them.
@@ -118,6 +118,7 @@ def make_trainer(
     `objective` names all that shapes the loss; `extra_metrics` are logged beside it; `begin_step` counts what the
     loss is divided by, where that is not the supervised tokens.
     """
+    from training.adapters import adapter_steps
     from training.batches import collate as plain_collate
     from training.models import parameters_hash, precision
     from training.trainer import BlockTrainer, training_arguments
@@ -142,6 +143,13 @@ def make_trainer(
         collate=collate or plain_collate,
         extra_metrics=extra_metrics,
         begin_step=begin_step,
+        has_adapter=run.model.peft,
+        adapter=adapter_steps(
+            model,
+            run.model,
+            horizon=start.horizon,
+            first_horizon_steps=first_horizon_steps(start.horizon, run.training),
+        ),
         config=run.training,
         arguments=training_arguments(
             run.training, folder=run.folder, horizon=start.horizon, seed=run.seed, precision=precision(run.model)
@@ -196,16 +204,9 @@ def export_folder(run: TrainerRun) -> Path:
 
 def export_trained(run: TrainerRun, model: Any, tokenizer: PreTrainedTokenizerBase, end: Checkpoint) -> None:
     """Write the trained model, and the tokenizer that it was trained with, where `from_pretrained` can read it."""
-    from training.models import export_model, precision
+    from training.models import export_model
 
-    export_model(
-        model,
-        tokenizer,
-        export_folder(run),
-        step=end.step,
-        dtype=precision(run.model),
-        merge_adapter=run.model.merge_adapter,
-    )
+    export_model(model, tokenizer, export_folder(run), step=end.step, config=run.model)
 
 
 def scores_on_test_split(

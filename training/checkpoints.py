@@ -50,7 +50,8 @@ class ResumeTerms:
 REMEDY = {
     "fingerprint": "the prepared data changed; restore the dataset settings and files that the chain began with",
     "objective": "restore finetuning.objective, or the section of the trainer that the chain began with",
-    "parameters": "what is trained changed; restore model.name, model.peft, model.peft_method and model.lora",
+    "parameters": "what is trained changed; restore model.name, model.peft, model.peft_method, model.lora, "
+    "model.adapter and model.experts",
     "batch_size": "restore training.batch_size",
     "gradient_accumulation": "restore training.gradient_accumulation",
     "world_size": "ask for as many GPUs as the chain began with (slurm.nodes x slurm.gpus_per_node)",

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from training.adapter_options import adapter_problems
+
 LearningRateSchedule = Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"]
 ExtensionPolicy = Literal["constant", "rewarm", "stretch"]
 
@@ -37,6 +39,53 @@ class LoraConfig:
 
 
 @dataclass(kw_only=True, frozen=True)
+class LoraExpertsConfig:
+    """Experts of `model.peft_method: lora_moe`, each a LoRA as `model.lora` says, and the router between them."""
+
+    num: int = 4
+    """Experts of every layer in the first epoch."""
+
+    top_k: int = 2
+    """Experts that work on a token."""
+
+    balance_coefficient: float = 0.01
+    """Weight of the load-balance loss, which is 1 where all experts have as much to do."""
+
+    grow_every_epochs: int | None = None
+    """One more expert wakes after so many epochs. Unset: as many from the beginning to the end."""
+
+    max_num: int | None = None
+    """Experts to grow to; needed beside `grow_every_epochs`."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.num < 1:
+            problems.append(f"model.experts.num must be at least 1, got {self.num}")
+        if not 1 <= self.top_k <= self.num:
+            problems.append(f"model.experts.top_k must be from 1 to model.experts.num ({self.num}), got {self.top_k}")
+        if self.balance_coefficient < 0:
+            problems.append(f"model.experts.balance_coefficient must not be negative, got {self.balance_coefficient}")
+        if self.grow_every_epochs is not None and self.grow_every_epochs < 1:
+            problems.append(f"model.experts.grow_every_epochs must be at least 1, got {self.grow_every_epochs}")
+        if (self.grow_every_epochs is None) != (self.max_num is None):
+            problems.append("model.experts.max_num and model.experts.grow_every_epochs need each other")
+        if self.max_num is not None and self.max_num < self.num:
+            problems.append(f"model.experts.max_num must be at least num ({self.num}), got {self.max_num}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def most(self) -> int:
+        """The experts that there will be."""
+        return self.max_num or self.num
+
+    def num_at(self, epoch: int) -> int:
+        """The experts that are awake in this epoch, counted from 0."""
+        added = epoch // self.grow_every_epochs if self.grow_every_epochs else 0
+        return min(self.most, self.num + added)
+
+
+@dataclass(kw_only=True, frozen=True)
 class ModelConfig:
     """The model to train, and whether in full or through adapters."""
 
@@ -64,11 +113,21 @@ class ModelConfig:
     peft: bool = False
     """Train adapters instead of all weights."""
 
-    peft_method: Literal["lora", "dora", "qlora"] = "lora"
-    """Kind of adapter. `qlora` holds the base in 4 bits and needs bitsandbytes."""
+    peft_method: str = "lora"
+    """Kind of adapter: lora, rslora, dora, qlora (the base in 4 bits, needs bitsandbytes), lora_moe (several experts
+    and a router), or any of peft's methods for causal language models by peft's name."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """Shape of the adapters."""
+    """Shape of the adapters of lora, rslora, dora, qlora, and of each expert of lora_moe."""
+
+    experts: LoraExpertsConfig = field(default_factory=LoraExpertsConfig)
+    """The experts of lora_moe."""
+
+    adapter: dict[str, Any] = field(default_factory=dict)
+    """Options of `peft_method`: the fields of its config class in peft, as {init_lora_weights: pissa} of lora."""
+
+    adapters: list[str] = field(default_factory=list)
+    """Folders of adapters trained before, merged into the model in this order before anything is trained."""
 
     merge_adapter: bool = False
     """Export the base model with the adapter merged in, beside the adapter."""
@@ -81,6 +140,17 @@ class ModelConfig:
             raise ValueError("model.merge_adapter needs model.peft: true")
         if self.from_scratch and self.peft:
             raise ValueError("model.from_scratch cannot be combined with model.peft: an adapter on random weights")
+        if self.adapters and self.from_scratch:
+            raise ValueError("model.adapters belong to trained weights, which model.from_scratch does not have")
+        if self.adapters and self.peft and self.peft_method == "qlora":
+            raise ValueError("model.adapters cannot be merged into the 4 bits of model.peft_method: qlora; use lora")
+        if self.adapters and self.peft and not self.merge_adapter:
+            raise ValueError(
+                "model.adapters needs model.merge_adapter: true: a new adapter fits model.name only with those below it"
+            )
+        problems = adapter_problems(self.peft_method, self.adapter, merge=self.merge_adapter) if self.peft else []
+        if problems:
+            raise ValueError("\n".join(problems))
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -303,8 +303,7 @@ def output_head(model: PreTrainedModel) -> Head:
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
         raise ValueError(
             f"the output head of {type(model).__name__} is {type(head).__name__}, not a plain linear layer. Leave it "
-            "out of model.lora.target_modules and out of quantisation; to train it, name it in "
-            "model.lora.modules_to_save"
+            "out of target_modules and out of quantisation; to train it, name it in modules_to_save"
         )
     whole, held = (head.out_features, head.in_features), tuple(head.weight.shape)
     if held != whole:

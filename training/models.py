@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from training.adapter_options import EXPERTS
+from training.adapters import add_adapter, export_adapter, four_bits, load_adapter_state, merge_adapters
 from training.attention import check_packable, register_varlen_attention
 from training.config import ModelConfig
 from training.export import replacing
@@ -58,9 +59,8 @@ def build_model(
     require_embeddings(model, config)
     set_seed(seed)
     if checkpoint and not model.peft:
-        network = load_weights(
-            replace(model, name=str(checkpoint), revision=None), shallower(config, layers) if layers else config
-        )
+        trained = replace(model, name=str(checkpoint), revision=None, adapters=[])
+        network = load_weights(trained, shallower(config, layers) if layers else config)
     elif model.from_scratch:
         network = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=model.attention, trust_remote_code=model.trust_remote_code
@@ -76,7 +76,7 @@ def build_model(
         return network
     adapted = add_adapter(network, model, seed=seed)
     if checkpoint:
-        load_adapter_weights(adapted, checkpoint)
+        load_adapter_state(adapted, checkpoint)
     return adapted
 
 
@@ -164,21 +164,23 @@ def told_of_full_memory(*, lower: str, key: str) -> Iterator[None]:
 
 def load_weights(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The trained weights; unless told otherwise in float32, and as the base of an adapter in `precision(model)`."""
+    dtype = dtype or (precision(model) if model.peft else torch.float32)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        network = AutoModelForCausalLM.from_pretrained(
             model.name,
             config=config,
             revision=model.revision,
-            dtype=dtype or (precision(model) if model.peft else torch.float32),
+            dtype=torch.float32 if model.adapters else dtype,
             attn_implementation=model.attention,
             trust_remote_code=model.trust_remote_code,
-            quantization_config=four_bits(model) if model.peft_method == "qlora" and model.peft else None,
+            quantization_config=four_bits(precision(model)) if model.peft_method == "qlora" and model.peft else None,
         )
     except OSError as error:
         raise ValueError(
             f"model.name: {model.name!r} has a config and no weights that can be read. {where_tried(model.name)} "
             f"To start with random weights, set model.from_scratch: true.\n{error}"
         ) from error
+    return merge_adapters(network, model.adapters).to(dtype) if model.adapters else network
 
 
 def shallower(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
@@ -214,62 +216,13 @@ def precision(model: ModelConfig) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[model.dtype]
 
 
-def four_bits(model: ModelConfig) -> object:
-    """The base of a QLoRA adapter: NF4 with double quantisation, as in arXiv:2305.14314."""
-    from importlib.util import find_spec
-
-    from transformers import BitsAndBytesConfig
-
-    if not torch.cuda.is_available():
-        raise ValueError("model.peft_method: qlora needs a CUDA device, and none is here; use lora or dora")
-    if find_spec("bitsandbytes") is None:
-        raise ValueError("model.peft_method: qlora needs bitsandbytes (pip install bitsandbytes); or use lora or dora")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=precision(model),
-    )
-
-
-def add_adapter(network: PreTrainedModel, model: ModelConfig, *, seed: int) -> PeftModel:
-    import peft
-
-    if model.peft_method == "qlora":
-        network = peft.prepare_model_for_kbit_training(network, use_gradient_checkpointing=False)
-    set_seed(seed)
-    try:
-        return peft.get_peft_model(
-            network,
-            peft.LoraConfig(
-                task_type="CAUSAL_LM",
-                r=model.lora.r,
-                lora_alpha=model.lora.alpha,
-                lora_dropout=model.lora.dropout,
-                target_modules=model.lora.target_modules,
-                modules_to_save=model.lora.modules_to_save or None,
-                use_dora=model.peft_method == "dora",
-            ),
-        )
-    except ValueError as error:
-        layers = sorted(
-            {name.rpartition(".")[2] for name, layer in network.named_modules() if not list(layer.children())}
-        )
-        raise ValueError(f"model.lora: {error}\nThe model's layers: {', '.join(layers)}") from error
-
-
-def load_adapter_weights(adapted: PeftModel, checkpoint: Path) -> None:
-    import peft
-
-    result = peft.set_peft_model_state_dict(adapted, load_file(checkpoint / "adapter_model.safetensors"))
-    assert not result.unexpected_keys, result.unexpected_keys
-
-
 def parameters_hash(network: torch.nn.Module, model: ModelConfig) -> str:
     """Of what is trained: names and shapes, and for an adapter its settings and the base that it belongs to."""
     shapes = [(name, list(weight.shape)) for name, weight in network.named_parameters() if weight.requires_grad]
-    adapter = [model.name, model.revision, model.peft_method, asdict(model.lora)] if model.peft else None
-    return hashlib.sha256(json.dumps([shapes, adapter]).encode()).hexdigest()[:16]
+    base = [model.name, model.revision, *model.adapters]
+    adapter = [*base, model.peft_method, asdict(model.lora), model.adapter] if model.peft else model.adapters or None
+    experts = asdict(model.experts) if model.peft and model.peft_method == EXPERTS else None
+    return hashlib.sha256(json.dumps([shapes, adapter, experts]).encode()).hexdigest()[:16]
 
 
 def export_model(
@@ -278,26 +231,23 @@ def export_model(
     folder: Path,
     *,
     step: int,
-    dtype: torch.dtype,
-    merge_adapter: bool = False,
+    config: ModelConfig,
 ) -> None:
     """Write the trained model and its tokenizer to `folder`, whole or not at all, as from_pretrained reads them.
 
     An adapter is written as it is, float32; with `merge_adapter` the merged model goes to `folder`/merged. A model
-    trained in full is written in `dtype`. The model given is used up: its weights are cast and merged in place.
+    trained in full is written in `precision(config)`. The model given is used up: its weights are
+    cast and merged in place.
     """
     with replacing(folder, step=step) as temporary:
-        if is_adapter(model):
-            model.save_pretrained(temporary)
-            if merge_adapter:
-                save_whole_model(model.merge_and_unload(), tokenizer, temporary / "merged", dtype)
+        if config.peft:
+            export_adapter(model, temporary, config, step=step)
+            if config.merge_adapter:
+                merged = model.merge_and_unload(safe_merge=True)
+                save_whole_model(merged, tokenizer, temporary / "merged", precision(config))
         else:
-            save_whole_model(model, tokenizer, temporary, dtype)
+            save_whole_model(model, tokenizer, temporary, precision(config))
         tokenizer.save_pretrained(temporary)
-
-
-def is_adapter(model: torch.nn.Module) -> bool:
-    return hasattr(model, "peft_config")
 
 
 def save_whole_model(

@@ -69,6 +69,11 @@ class Horizon:
         return self.block_of(step) * self.block_steps
 
 
+def first_horizon_steps(horizon: Horizon, training: TrainingConfig) -> int:
+    """The optimizer steps of the chain as it was planned, before any extension."""
+    return horizon.before_extension(training, 0).total_steps if training.extensions else horizon.total_steps
+
+
 def terms_before_extensions(
     terms: ResumeTerms, training: TrainingConfig, horizon: Horizon, *, step: int
 ) -> list[ResumeTerms]:

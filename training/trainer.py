@@ -24,7 +24,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from training import checkpoints
+from training.adapters import AdapterSteps, save_adapter_state, trained_names
 from training.batches import (
+    IGNORED,
     ROW_NUMBERS,
     Batch,
     BlockSampler,
@@ -189,6 +191,8 @@ class BlockTrainer(Trainer):
         collate: Collate,
         extra_metrics: ExtraMetrics | None,
         begin_step: BeginStep | None,
+        has_adapter: bool,
+        adapter: AdapterSteps | None,
         config: TrainingConfig,
         arguments: TrainingArguments,
         horizon: Horizon,
@@ -205,6 +209,10 @@ class BlockTrainer(Trainer):
         self.collate_packs = partial(collate_numbered, collate=collate)
         self.extra_metrics = extra_metrics
         self.begin_step = begin_step
+        self.has_adapter = has_adapter
+        self.adapter = adapter
+        # As they are called before the model is spread over processes.
+        self.trained_names = trained_names(model)
         self.config = config
         self.horizon = horizon
         self.terms = terms
@@ -234,7 +242,7 @@ class BlockTrainer(Trainer):
             args=arguments,
             train_dataset=rows,
             data_collator=self.collate_packs,
-            callbacks=[CountRows(self.counter), self.schedule],
+            callbacks=[CountRows(self.counter), self.schedule, *([adapter] if adapter else [])],
         )
         self.remove_callback(PrinterCallback)
         # Have the supervised tokens of an optimizer step counted, over micro-batches and ranks.
@@ -257,6 +265,14 @@ class BlockTrainer(Trainer):
         """Nothing where the model was built from the checkpoint; shards are loaded once the model is sharded."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Of an adapter, what is trained and no more; else the whole model."""
+        if not self.has_adapter:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            assert output_dir is not None
+            save_adapter_state(self.model, Path(output_dir), names=self.trained_names, weights=state_dict)
 
     # What is trained on, in which order, at which rate
 
@@ -328,8 +344,13 @@ class BlockTrainer(Trainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert num_items_in_batch is not None and not return_outputs
+        loss = self.loss(model, inputs, num_items_in_batch)
+        added = self.adapter.loss() if self.adapter else None
+        if added is not None:
+            # Once per optimizer step, shared out over its micro-batches by the tokens that each is taught.
+            loss = loss + added * (inputs["labels"] != IGNORED).sum() / num_items_in_batch.clamp(min=1)
         # Gradients are averaged over the ranks and the loss was divided by the tokens of all: take the average back.
-        return self.loss(model, inputs, num_items_in_batch) * self.ranks.world_size
+        return loss * self.ranks.world_size
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         assert num_training_steps == self.horizon.total_steps, (num_training_steps, self.horizon)
@@ -390,6 +411,7 @@ class BlockTrainer(Trainer):
             "tokens": self.state.num_input_tokens_seen,
             "tokens_per_s": tokens_per_s,
             **(self.extra_metrics() if self.extra_metrics else {}),
+            **(self.adapter.take() if self.adapter else {}),
         }
         if self.ranks.is_main:
             self.folder.record_metrics(**metrics)
