@@ -100,7 +100,6 @@ def run_of(
         module=module,
         tokenizer=model,
         objective="sft" if config.preference is None else "pairs",
-        seed=1,
     )
     run = RunFolder(folder / name)
     run.path.mkdir()

@@ -159,7 +159,7 @@ def test_three_ranks_learn_preferences_exactly_and_as_one_rank_does(
     request = PreparationRequest(
         dataset=DatasetConfig(name="synthetic_preferences", max_length=128, module_keys={"num_rows": 16}),
         module=ModuleFile(PROJECT / "datasets/synthetic_preferences.py"),
-        tokenizer=make_run("unused").model.name, objective=prepared_for, seed=1,
+        tokenizer=make_run("unused").model.name, objective=prepared_for,
     )  # fmt: skip
     prepared = prepare(request, tmp_path, lambda line: None).folder
 

@@ -37,9 +37,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict
     def made(objective: Any) -> PreparedData:
         dataset = DatasetConfig(name="synthetic_preferences", max_length=256, module_keys={"num_rows": 30})
         module = ModuleFile(PROJECT / "datasets/synthetic_preferences.py")
-        request = PreparationRequest(
-            dataset=dataset, module=module, tokenizer=str(tiny_model), objective=objective, seed=1
-        )
+        request = PreparationRequest(dataset=dataset, module=module, tokenizer=str(tiny_model), objective=objective)
         return prepare(request, data, lambda line: None)
 
     pairs, labelled = made("pairs"), made("labelled")
@@ -158,7 +156,7 @@ def test_the_examples_train_in_two_chained_blocks(objective: str, make_run: Make
     module = ModuleFile(PROJECT / "datasets/synthetic_preferences.py")
     model = make_run("unused").model
     request = PreparationRequest(
-        dataset=config.dataset, module=module, tokenizer=model.name, objective=config.objective, seed=config.seed
+        dataset=config.dataset, module=module, tokenizer=model.name, objective=config.objective
     )
     training = replace(config.training, epochs_per_job=1, arguments={"report_to": "none"})
     run = replace(
@@ -200,7 +198,7 @@ def test_rows_that_cannot_be_learned_from_are_named(
     )
     request = PreparationRequest(
         dataset=DatasetConfig(name="made"), module=ModuleFile(module), tokenizer=str(tiny_model),
-        objective=objective, seed=1,
+        objective=objective,
     )  # fmt: skip
     with pytest.raises(ValueError, match=said):
         prepare(request, tmp_path, lambda line: None)
