@@ -37,7 +37,7 @@ import xxhash
 from answering.config import AnswersConfig
 from answering.generation import Continuation, Draws, Ids, continuations
 from answering.identity import answers_key
-from mixture.formats import CONTENT_KEYS, Message
+from mixture.formats import CONTENT_KEYS, Message, with_messages
 from mixture.mixture_folder import MARKER, finish_folder
 from mixture.prepare import (
     PreparationRequest,
@@ -318,7 +318,7 @@ class Writer:
     def write_shard(self, shard: int, claim: Claim) -> None:
         """Write the answered rows of one shard and its marker."""
         lines = (rows_folder(self.request.folder) / f"{shard:05d}.jsonl").read_bytes().splitlines()
-        rows = [orjson.loads(line) for line in lines]
+        rows = [with_messages(orjson.loads(line)) for line in lines]
         conversations = {
             number: Conversation.of_row(row) for number, row in enumerate(rows) if row.keys() & {"messages", "prompt"}
         }

@@ -114,6 +114,14 @@ def canonical_row(
     return head
 
 
+def with_messages(sample: dict[str, Any]) -> dict[str, Any]:
+    """A written canonical sample, with `messages` again where a recipe's `turns: conversations` spelled them so."""
+    if "conversations" not in sample:
+        return sample
+    rest = {key: value for key, value in sample.items() if key != "conversations"}
+    return {**rest, "messages": read_turns(sample["conversations"], "conversations")}
+
+
 class NoExchangeError(ValueError):
     """A conversation without one question and its answer: well formed, and nothing to learn from."""
 

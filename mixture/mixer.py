@@ -543,6 +543,7 @@ def write_rows(
     shared: dict[str, Any] = {
         "seed": mixture.seed,
         "distinct": {("train", source.name): source.pool for source in plan.sources},
+        "turns": mixture.turns,
         "compress": mixture.compress,
         "part_megabytes": mixture.part_megabytes,
         "workers": workers,

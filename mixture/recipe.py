@@ -220,6 +220,9 @@ class Mixture:
     allow_non_commercial: bool = False
     layout: Literal["mixed", "categories", "both"] = "mixed"
     """`mixed`: train-*.jsonl, shuffled as a whole. `categories`: CATEGORY/SOURCE.jsonl. Or both."""
+    turns: Literal["messages", "conversations"] = "messages"
+    """How conversations are written: `messages` [{role, content}], or `conversations` [{from, value}] with human and
+    gpt, which holds plain text only."""
     compress: Literal["zstd"] | None = None
     part_megabytes: int = 256
     output_dir: Path | None = None
@@ -276,6 +279,7 @@ class RecipeFile:
     short_prompts_first: Any = None
     allow_non_commercial: bool = False
     layout: Literal["mixed", "categories", "both"] | None = None
+    turns: Literal["messages", "conversations"] = "messages"
     compress: Literal["zstd"] | None = None
     part_megabytes: int = 256
     output_dir: str | None = None
@@ -416,6 +420,7 @@ def read_tree(tree: ConfigTree, path: Path, problems: list[Problem]) -> Mixture 
         short_prompts_first=short_prompts,
         allow_non_commercial=top.allow_non_commercial,
         layout=top.layout or ("both" if top.category_ratios else "mixed"),
+        turns=top.turns,
         compress=top.compress,
         part_megabytes=top.part_megabytes,
         output_dir=None if top.output_dir is None else Path(top.output_dir).expanduser(),

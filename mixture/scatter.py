@@ -44,6 +44,9 @@ LINES_PER_WRITE = 64
 MEGABYTE = 1 << 20
 SPLITS = ("train", "test")
 Layout = Literal["mixed", "categories"]
+Turns = Literal["messages", "conversations"]
+SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "tool"}
+"""`from` of a conversation's turns, as ShareGPT spells them."""
 Keys = npt.NDArray[np.uint64]
 
 
@@ -144,6 +147,7 @@ def scatter(
     distinct: Mapping[tuple[str, str], int] | None = None,
     stages: ShortPromptsFirst | None = None,
     layout: Layout = "mixed",
+    turns: Turns = "messages",
     compress: Literal["zstd"] | None = None,
     part_megabytes: int = 256,
     workers: int,
@@ -156,7 +160,9 @@ def scatter(
     The same rows, seed and settings give the same bytes, whatever the number of workers and interruptions. Temporary
     disk: about the size of the output, under the scan's folder.
     """
-    order = Order(unique, dict(rows), dict(distinct or {}), seed, stages, layout, compress, part_megabytes * MEGABYTE)
+    order = Order(
+        unique, dict(rows), dict(distinct or {}), seed, stages, layout, turns, compress, part_megabytes * MEGABYTE
+    )
     output.mkdir(parents=True, exist_ok=True)
     done = read_written(output, order.key)
     if done is not None:
@@ -202,6 +208,7 @@ class Order:
         seed: int,
         stages: ShortPromptsFirst | None,
         layout: Layout,
+        turns: Turns,
         compress: str | None,
         part_bytes: int,
     ) -> None:
@@ -212,12 +219,13 @@ class Order:
         self.seed = seed
         self.stages = stages
         self.layout: Layout = layout
+        self.turns: Turns = turns
         self.compress = compress
         self.part_bytes = part_bytes
         self.draws: dict[tuple[str, str], Draw] = {}
         self.opened: dict[int, ChunkRows] = {}
         wanted = [sorted(self.rows.items()), sorted(self.distinct.items())]
-        settings = [FORMAT_VERSION, unique.key, wanted, seed, layout, compress, part_bytes]
+        settings = [FORMAT_VERSION, unique.key, wanted, seed, layout, turns, compress, part_bytes]
         stage = None if stages is None else stages.share
         categories = sorted((chunk.source.name, chunk.source.category) for chunk in self.scan.chunks)
         self.key = f"{salt(settings, stage, dict(categories)):016x}"
@@ -463,7 +471,25 @@ def output_lines(order: Order, chunk: Chunk, rows: Index) -> Iterator[bytes]:
             sample["category"] = category
         if order.layout == "categories":
             sample = {"text": labelled_text(sample), **sample}
+        if order.turns == "conversations" and "messages" in sample:
+            sample = as_conversation(sample)
         yield orjson.dumps(sample, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def as_conversation(sample: Content) -> dict[str, Any]:
+    """A sample with `conversations` [{from, value}] in place of its messages; ValueError where these hold more."""
+    conversation = []
+    for number, turn in enumerate(sample["messages"]):
+        more = [key for key in turn if key not in ("role", "content")]
+        if more or not isinstance(turn["content"], str):
+            what = f"has {', '.join(more)}" if more else "is not plain text"
+            raise ValueError(
+                f"turns: conversations has no place for all of sample {sample['id']} of {sample['source']}, whose turn "
+                f"{number} {what}; set turns: messages, or filter such rows out"
+            )
+        conversation.append({"from": SPEAKERS[turn["role"]], "value": turn["content"]})
+    rest = {key: value for key, value in sample.items() if key != "messages"}
+    return {**rest, "conversations": conversation}
 
 
 def labelled_text(sample: Content) -> str:

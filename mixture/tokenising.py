@@ -17,7 +17,7 @@ from itertools import chain, islice
 import numpy as np
 import orjson
 
-from mixture.formats import CONTENT_KEYS, Sample
+from mixture.formats import CONTENT_KEYS, Sample, with_messages
 from mixture.render import Renderer
 from mixture.shards import TokenBatch
 from mixture.tokenizers import BackendChoice, TokenizerBackend
@@ -124,7 +124,7 @@ def backend_for(renderer: Renderer, wanted: TokenizerBackend, batches: Sequence[
 def read_samples(batch: LineBatch) -> list[Sample]:
     """The samples of a batch."""
     try:
-        rows = [orjson.loads(line) for line in batch.lines]
+        rows = [with_messages(orjson.loads(line)) for line in batch.lines]
         return [
             Sample(
                 id=row["id"],

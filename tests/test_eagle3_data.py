@@ -97,7 +97,8 @@ def test_the_recipe_that_comes_along_takes_ultrachat_and_falls_back_from_one_sha
     }
     assert {row["source"] for row in rows["train"]} == {"ultrachat", "sharegpt"}
     assert len(rows["test"]) == round(len(rows["train"]) / 19)
-    assert all(len(row["messages"]) >= 4 for split in rows.values() for row in split)
+    conversations = [row["conversations"] for split in rows.values() for row in split]
+    assert all([turn["from"] for turn in said][:4] == ["human", "gpt"] * 2 for said in conversations)
     parents = {split: {row["metadata"].get("parent") for row in found} - {None} for split, found in rows.items()}
     assert parents["train"] and parents["test"] and not parents["train"] & parents["test"]
 

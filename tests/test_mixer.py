@@ -22,6 +22,7 @@ from mixture.config import DatasetConfig
 from mixture.mixer import DatasetMixer, MixtureResult, get_dataset, run_mixture
 from mixture.prepare import PreparationRequest, prepare
 from mixture.recipe import read_mixture
+from mixture.shards import TokenRows
 
 REAL_DATA = os.environ.get("BATON_REAL_DATA")
 needs_real_data = pytest.mark.skipif(not REAL_DATA, reason="BATON_REAL_DATA names no folder with real files")
@@ -486,16 +487,27 @@ def test_get_dataset_gives_training_rows_and_validation_rows() -> None:
 
 
 def test_a_mixture_can_be_trained_on(kitchen: Kitchen, tiny_model: Path) -> None:
-    result = kitchen.mix(TOY)
-    request = PreparationRequest(
-        dataset=DatasetConfig(name="toy", max_length=256),
-        mixture=result.folder,
-        tokenizer=str(tiny_model),
-        objective="sft",
-    )
-    train = prepare(request, kitchen.folder / "data", lambda line: None).splits["train"]
-    assert train is not None
-    assert {name: stats.rows for name, stats in train.sources.items()} == {"math": 240, "chat": 160}
+    def train_rows(recipe: str) -> TokenRows:
+        request = PreparationRequest(
+            dataset=DatasetConfig(name="toy", max_length=256),
+            mixture=kitchen.mix(recipe).folder,
+            tokenizer=str(tiny_model),
+            objective="sft",
+        )
+        return TokenRows.open(prepare(request, kitchen.folder / "data", lambda line: None).folder, "train")
+
+    rows, otherwise_spelled = train_rows(TOY), train_rows(TOY + "turns: conversations\n")
+    assert Counter(row.source for row in rows) == {"math": 240, "chat": 160}
+    assert [row.input_ids.tolist() for row in rows] == [row.input_ids.tolist() for row in otherwise_spelled]
+
+
+def test_conversations_that_hold_more_than_text_cannot_be_written_as_such(kitchen: Kitchen) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}
+    turns = [{"role": "user", "content": "1 and 1?"}, call, {"role": "tool", "content": "2"}]
+    (kitchen.folder / "calls.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    told = r"turns: conversations has no place .* turn 1 has tool_calls; set turns: messages"
+    with pytest.raises(ValueError, match=told):
+        kitchen.mix("turns: conversations\ndatasets:\n  - {name: calls, path: calls.jsonl}\n")
 
 
 # --- real files
