@@ -45,7 +45,6 @@ def test_the_readme_is_short_and_every_command_in_it_has_a_test() -> None:
         "./train.sh configs/test.yaml --name mixed --dataset.mixture configs/mixtures/toy.yaml",
         "./tests/run",  # what runs this test
         "./train.sh configs/gsm8k.yaml --slurm.partition gpu --slurm.gpus_per_node 4",  # test_the_cluster_command_...
-        "./train.sh configs/gsm8k.yaml",
         "./train.sh status gsm8k --watch",  # test_status_and_logs_of_a_run
         "./train.sh logs gsm8k -f",
         "./train.sh stop gsm8k",  # test_verbs_that_steer_a_run; tests/test_steering.py, tests/test_extend.py
@@ -55,6 +54,9 @@ def test_the_readme_is_short_and_every_command_in_it_has_a_test() -> None:
         "./train.sh doctor configs/gsm8k.yaml",  # test_the_doctor_looks_at_this_machine
         "./train.sh configs/eagle3_test.yaml",  # test_the_model_of_the_first_command_gets_a_draft_head
         "./train.sh configs/distillation_test.yaml",  # test_the_model_of_the_first_command_teaches_another
+        "./train.sh configs/examples/dpo.yaml",  # test_an_example_learns_from_preferences
+        "./train.sh check configs/eagle3.yaml",  # test_the_draft_of_a_served_model_is_checked
+        "./train.sh prepare configs/eagle3.yaml",  # tests/test_eagle3_data.py
         "./train.sh plan configs/distillation.yaml",  # test_a_teacher_is_planned_for_examined_and_captured
         "./train.sh doctor configs/distillation.yaml",
         "./train.sh capture configs/distillation.yaml",
@@ -86,6 +88,20 @@ def test_the_model_of_the_first_command_gets_a_draft_head(copy: Path) -> None:
     answer = run(copy, "./train.sh configs/eagle3_test.yaml", "--training.epochs_per_job", "1")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert (copy / "runs/eagle3_test/export/model.safetensors").exists()
+
+
+def test_the_draft_of_a_served_model_is_checked(copy: Path) -> None:
+    at_hand = ["--model.name", "runs/test/export", "--eagle3.layers", "[0, 1, 2]", "--cluster", "local"]
+    answer = run(copy, "./train.sh check configs/eagle3.yaml", *at_hand)
+    assert answer.returncode == 0, answer.stderr
+    assert "memory of each device" in answer.stdout
+
+
+def test_an_example_learns_from_preferences(copy: Path) -> None:
+    few = ["--dataset.num_rows", "30", "--training.epochs_per_job", "1", "--cluster", "local"]
+    answer = run(copy, "./train.sh configs/examples/dpo.yaml", *few)
+    assert answer.returncode == 0, answer.stderr
+    assert "accuracy" in answer.stdout
 
 
 @pytest.mark.parametrize("verb", ["plan", "doctor", "capture"])
