@@ -94,7 +94,7 @@ TOKEN_TYPES: dict[str, pa.DataType] = {
 # short rows. Under zstd all columns together would take a fifth less on the disk and be read a third slower.
 COMPRESSED = ("topk_hi", "tail_hi", "input_ids", "loss_mask")
 
-POSITIONS_PER_GROUP = 512
+POSITIONS_PER_GROUP = 256
 """Of a row group, about. Fewer read a short row faster and make a shard slower to open."""
 
 OPEN_SHARDS = 64

@@ -15,7 +15,7 @@ from training.model_identity import model_digest, model_identity
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever the same request gives other files, so that old caches are not taken for new."""
 
 

@@ -371,8 +371,8 @@ def test_a_cache_that_is_not_whole_is_refused_by_the_name_of_the_file(topk_cache
     with pytest.raises(ValueError, match=r"shard-00002.parquet was not finished.*train.sh capture"):
         TeacherCache.open(folder)
     manifest = manifest_file(folder)
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 99'))
-    with pytest.raises(ValueError, match=r"manifest.json has format version 99, and this is 1; .*train.sh capture"):
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 99'))
+    with pytest.raises(ValueError, match=r"manifest.json has format version 99, and this is 2; .*train.sh capture"):
         TeacherCache.open(folder)
     manifest.unlink()
     with pytest.raises(ValueError, match=r"holds no teacher's cache: there is no manifest.json"):
