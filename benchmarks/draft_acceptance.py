@@ -22,6 +22,13 @@ from typing import Any
 import yaml
 
 PROJECT = Path(__file__).parents[1]
+sys.path.insert(0, str(PROJECT))
+
+import eagle3  # noqa: E402
+from jobs.job import open_run, run_of_trainer  # noqa: E402
+from training.run_folder import RunFolder  # noqa: E402
+from training.stopping import StopSignals  # noqa: E402
+
 BLOCKS = 3
 SCORES = {
     "greedy": "acceptance_length",
@@ -96,7 +103,7 @@ def scores_after(run: Path, block: int) -> dict[str, Any]:
             shutil.rmtree(copy, ignore_errors=True)
             left_out = {checkpoint.name for checkpoint in checkpoints[block:]} | {"evaluation.json", "DONE"}
             shutil.copytree(run, copy, ignore=lambda _, names: left_out & set(names))
-            subprocess.run([sys.executable, "-m", "jobs.job", "evaluate", str(copy)], check=True, cwd=PROJECT)
+            eagle3.evaluate(run_of_trainer(open_run(RunFolder(copy)), StopSignals()))
         run = copy
     scores: dict[str, Any] = json.loads((run / "evaluation.json").read_text())
     return scores
