@@ -91,7 +91,7 @@ def measure_in_own_process(name: str, options: argparse.Namespace) -> dict[str, 
     if importlib.util.find_spec(PACKAGES.get(engine, "torch")) is None:
         print(f"{engine} is not installed: pip install {PACKAGES[engine].replace('_', '-')}", file=sys.stderr)
         return None
-    command = [sys.executable, "-m", "benchmarks.distillation", "--measure", name]
+    command = [sys.executable, __file__, "--measure", name]
     command += ["--temperature", str(options.temperature)]
     command += ["--tokens", str(options.tokens)] if options.tokens else []
     finished = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
