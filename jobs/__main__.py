@@ -66,8 +66,8 @@ console = console_for_messages()
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; returns its exit code."""
-    verb, rest = split_verb(arguments)
     try:
+        verb, rest = split_verb(arguments)
         return VERBS[verb](rest)
     except ConfigError as error:
         for problem in error.problems:
@@ -85,11 +85,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The verb and what follows it; a file name alone means `run`."""
+    """The verb and what follows it; a file name alone means `run`. ValueError for what is neither, but nearly one."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         return "help", []
     if arguments[0] in VERBS:
         return arguments[0], list(arguments[1:])
+    nearest = difflib.get_close_matches(arguments[0], VERBS, n=1)
+    if nearest and not Path(arguments[0]).exists():
+        raise ValueError(f"{arguments[0]} is no command and no file; did you mean {nearest[0]}?")
     return "run", list(arguments)
 
 

@@ -41,6 +41,10 @@ def test_a_missing_file() -> None:
     assert "none.yaml: no such file" in error_line(train_sh("configs/none.yaml"))
 
 
+def test_a_misspelt_command() -> None:
+    assert "chek is no command and no file; did you mean check?" in error_line(train_sh("chek", "configs/test.yaml"))
+
+
 def test_an_unknown_key_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(Path(TEST_YAML).read_text().replace("batch_size", "batchsize"))
