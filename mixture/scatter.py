@@ -166,6 +166,8 @@ def scatter(
     output.mkdir(parents=True, exist_ok=True)
     done = read_written(output, order.key)
     if done is not None:
+        if order.folder.exists():  # whoever wrote the mixture was killed before removing it
+            shutil.rmtree(order.folder)
         return done
     order.folder.mkdir(exist_ok=True)
     remove_leftovers(output)
