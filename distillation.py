@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from distilling.cache import TeacherCache
     from distilling.live import LiveTeacher
+    from distilling.teacher import Teacher
     from training.batches import PackedDataset
     from training.trainer import BlockTrainer
 
@@ -74,7 +75,9 @@ def build_trainer(run: DistillationRun, start: BlockStart) -> BlockTrainer:
 def objective(run: DistillationRun) -> str:
     """All that shapes the loss, in words: a checkpoint is resumed under these settings only."""
     settings = {
-        key: value for key, value in asdict(run.distillation).items() if key not in ("cache", "answers", "control")
+        key: value
+        for key, value in asdict(run.distillation).items()
+        if key not in ("cache", "answers", "control", "shard_teacher")
     }
     return json.dumps({**settings, "cache": run.cache.name if run.cache else None}, sort_keys=True)
 
@@ -163,12 +166,20 @@ def build_teacher(run: DistillationRun) -> LiveTeacher | None:
     if run.distillation.teacher != "live":
         return None
     from distilling.live import LiveTeacher
-    from distilling.teacher import load_teacher
 
-    teacher = load_teacher(run.distillation.teacher_model, device_of_process())
+    teacher = load_teacher(run)
     vocabulary = shared_vocabulary(run)
     assert vocabulary is not None
     return LiveTeacher(teacher, vocabulary, run.distillation.hidden_states, matched_layers(run))
+
+
+def load_teacher(run: DistillationRun) -> Teacher:
+    """The teacher on this process's device, whole or its share of it."""
+    from distilling import teacher
+
+    return teacher.load_teacher(
+        run.distillation.teacher_model, device_of_process(), in_shards=run.distillation.shard_teacher
+    )
 
 
 def build_tokenizer(run: DistillationRun) -> PreTrainedTokenizerBase:
@@ -352,7 +363,6 @@ def compare_with_teacher(run: DistillationRun, student: Any, ranks: Ranks) -> di
     """`models`: for teacher, student, student before and control, the scores of each category of the test split."""
     from distilling.data import source_categories
     from distilling.evaluation import compare
-    from distilling.teacher import load_teacher
     from training.models import precision
 
     if not open_prepared(run).splits.get("test"):
@@ -363,7 +373,7 @@ def compare_with_teacher(run: DistillationRun, student: Any, ranks: Ranks) -> di
         models["control"] = build_control(run).to(device)
     teacher = None
     if run.distillation.teacher in ("cache", "live"):
-        teacher = load_teacher(run.distillation.teacher_model, device).model
+        teacher = load_teacher(run).model
     scores = compare(
         models,
         teacher,

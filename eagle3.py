@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 def train(run: Eagle3Run) -> BlockResult:
     """Train one block: from the newest valid checkpoint to the next boundary. Nothing left to do: returns at once."""
-    target = cache(lambda: build_target(run))
+    target = cache(lambda: build_target(run, with_layers=run.eagle3.features == "live"))
     return train_block(
         run,
         build_trainer=lambda start: build_trainer(run, target(), start),
         score_block=lambda trainer: block_scores(run, target(), trainer),
-        export=lambda end: export(run, target(), end),
+        export=lambda end: export(run, end),
     )
 
 
@@ -50,7 +50,6 @@ def build_trainer(run: Eagle3Run, target: Target, start: BlockStart) -> BlockTra
         )
     if run.eagle3.features == "cached":
         prepare_features(run, target, start.ranks)
-        target.forget_layers()
     log = AcceptanceLog(run.eagle3.steps)
     rows, collate = rows_and_collate(run, target, "train")
     return make_trainer(
@@ -78,6 +77,7 @@ def prepare_features(run: Eagle3Run, target: Target, ranks: Ranks) -> None:
 
     write_features(
         target,
+        partial(build_target, run),
         run.model,
         block.open_prepared(run),
         precision=precision(run.model),
@@ -101,11 +101,11 @@ def rows_and_collate(run: Eagle3Run, target: Target, split: str) -> tuple[Packed
     return FeaturedPacks(features), CollateWithStates(collate_for_draft, target.states_width, target.network.dtype)
 
 
-def build_target(run: Eagle3Run) -> Target:
+def build_target(run: Eagle3Run, *, with_layers: bool = True) -> Target:
     """The frozen model on this process's device, and the tokens that its draft may guess."""
     from drafting.target import load_target
 
-    return load_target(run.model, block.open_prepared(run), run.eagle3, device_of_process())
+    return load_target(run.model, block.open_prepared(run), run.eagle3, device_of_process(), with_layers=with_layers)
 
 
 def build_model(run: Eagle3Run, target: Target, start: Checkpoint | None) -> DraftModel:
@@ -180,13 +180,18 @@ def held_out(
     )
 
 
-def export(run: Eagle3Run, target: Target, end: Checkpoint) -> None:
-    """Write the draft as engines read it, and say what they would stumble over."""
+def export(run: Eagle3Run, end: Checkpoint) -> None:
+    """Write the draft as engines read it, and say what they would stumble over. Needs no weights of the target."""
     from drafting.export import export_draft
-    from training.models import precision
+    from drafting.model import load_draft
+    from drafting.target import tokens_and_layers
+    from training.models import load_model_config, precision
 
+    target = load_model_config(run.model).get_text_config()
+    vocabulary, layers = tokens_and_layers(target, block.open_prepared(run), run.eagle3)
+    draft = load_draft(target, end.path, draft_vocabulary=len(vocabulary))
     problems = export_draft(
-        build_model(run, target, end), target, export_folder(run), step=end.step, dtype=precision(run.model)
+        draft, target, vocabulary, layers, export_folder(run), step=end.step, dtype=precision(run.model)
     )
     for problem in problems:
         run.folder.record_event("export_problem", problem=problem)

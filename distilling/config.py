@@ -180,6 +180,10 @@ class DistillationConfig:
     teacher_model: TeacherModelConfig
     """The teacher. Its tokenizer and chat template make the tokens, unless `model.tokenizer` names others."""
 
+    shard_teacher: bool = False
+    """Share the layers of a teacher beside the student, live or in the evaluation, out over the processes of the job:
+    each keeps a part, and gathers a layer when it computes. For one that does not fit into a GPU beside the student."""
+
     divergence: DivergenceName = "forward_kl"
     """Distance of the two distributions. All but `forward_kl` need the whole of the teacher's: `teacher: live`."""
 
@@ -236,6 +240,10 @@ class DistillationConfig:
         ]
         if self.teacher == "cache":
             problems += self.cache_problems()
+        if self.shard_teacher and self.teacher in ("text", "none"):
+            problems.append(
+                f"distillation.shard_teacher: with teacher: {self.teacher} no teacher is beside the student"
+            )
         if self.teacher != "live":
             if self.hidden_states.weight:
                 problems.append("distillation.hidden_states needs the teacher beside the student: teacher: live")

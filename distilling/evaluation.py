@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from training.batches import PackedDataset, collate, even_shares
 from training.chunks import tokens_per_chunk
 from training.distributed import Ranks, gather_on_all
 from training.evaluation import autocast, to_device
+from training.frozen_shards import in_step
 from training.losses import logit_shape, output_head, shape_logits, supervised_places
 
 # Tensors are named by shape. N tokens of a chunk, H hidden width, V vocabulary.
@@ -82,7 +84,7 @@ def compare(
     device = next(next(iter(models.values())).parameters()).device
     for network in everyone.values():
         network.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), in_step(teacher) if teacher else nullcontext():
         for share in even_shares(len(rows), batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size):
             samples = [sample for index in share for sample in rows[index]]
             if not samples:

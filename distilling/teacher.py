@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from distilling.config import TeacherModelConfig
-from training.attention import check_packable, register_varlen_attention
+from training.attention import check_packable
 from training.batches import Batch
 from training.config import ModelConfig
 from training.evaluation import to_device
@@ -52,28 +52,29 @@ class Teacher:
         return hidden_BTH[0].to(self.head.weight.device)
 
 
-def load_teacher(config: TeacherModelConfig, device: torch.device | None = None) -> Teacher:
+def load_teacher(config: TeacherModelConfig, device: torch.device | None = None, *, in_shards: bool = False) -> Teacher:
     """The teacher on a device, or without one spread over all GPUs of this process, or on the CPU where it has none.
 
+    `in_shards`: its layers shared out over the processes of the block (training/frozen_shards.py).
     ValueError where there is none under that name, or its logits are more than a linear head, a scale and a cap.
     """
-    register_varlen_attention()
     model_config = ModelConfig(
         name=config.name,
         revision=config.revision,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
     )
+    key = "distillation.teacher_model"
     try:
-        model, tokenizer = load_with_tokenizer(model_config, key="distillation.teacher_model", device=device)
+        model, tokenizer = load_with_tokenizer(model_config, key=key, device=device, in_shards=in_shards)
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"distillation.teacher_model: {config.name} does not fit into the memory of {device or 'all GPUs'}: "
-            f"{error}\nAsk for a larger or for more GPUs, or set distillation.teacher_model.dtype: bfloat16; beside a "
-            "student it needs more room than distillation.teacher: cache, which loads it alone"
+            f"{key}: {config.name} does not fit into the memory of {device or 'all GPUs'}: {error}\n"
+            f"Ask for a larger GPU, set {key}.dtype: bfloat16, share it out over the GPUs of a block with "
+            "distillation.shard_teacher: true, or use distillation.teacher: cache, which loads it before the student"
         ) from error
     check_logits(model)
-    return Teacher(model.eval().requires_grad_(False), tokenizer, use_packing(model))
+    return Teacher(model, tokenizer, use_packing(model))
 
 
 def use_packing(model: PreTrainedModel) -> bool:

@@ -36,6 +36,10 @@ class Eagle3Config:
     normalised_decay: bool = False
     """Divide the weights of the steps by their sum, so that `steps` and `decay` do not change the scale of the loss."""
 
+    shard_target: bool = False
+    """Share the layers of the target out over the processes of the job: each keeps a part, and gathers a layer when it
+    computes. For one that does not fit into a GPU."""
+
     features: Literal["live", "cached"] = "live"
     """Where the target's hidden states come from. `live`: from the target, at every step anew. `cached`: written once
     beside the prepared data by the first block, and read from there; the target's layers leave the device."""

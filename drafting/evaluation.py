@@ -23,6 +23,7 @@ from training.batches import IGNORED, Batch, Collate, PackedDataset, even_shares
 from training.batches import collate as plain_collate
 from training.distributed import Ranks, gather_on_all, sum_over_ranks
 from training.evaluation import autocast, to_device
+from training.frozen_shards import in_step
 
 MEASURED_DEFINITION = (
     "tokens for each pass of the target, over all prompts together, the target's own token included and the first "
@@ -132,7 +133,7 @@ def held_out_acceptance(
     loss = torch.zeros((), dtype=torch.float64, device=target.device)
     tokens = 0
     counts: dict[str, Acceptance] = defaultdict(lambda: Acceptance.none(steps, target.device))
-    with torch.inference_mode(), autocast(target.device, precision):
+    with torch.inference_mode(), autocast(target.device, precision), in_step(target.network):
         for share in even_shares(len(rows), batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size):
             packs = [rows[index] for index in share]
             if not packs:
@@ -217,13 +218,15 @@ def measured_acceptance(
 
     def answers(choice: Callable[[int], Choice]) -> list[Answer]:
         mine = range(ranks.rank, len(prompts), ranks.world_size)
-        given = [answer(draft, target, prompts[n], limits, chain=chain, choice=choice(n)) for n in mine]
+        with in_step(target.network):
+            given = [answer(draft, target, prompts[n], limits, chain=chain, choice=choice(n)) for n in mine]
         return [one for of_rank in gather_on_all(given) for one in of_rank]
 
     if not prompts:
         return {}
     # Once for nothing: the first tokens of a process cost more time than all others.
-    answer(draft, target, prompts[0], replace(limits, max_new_tokens=4), chain=chain, choice=Greedy())
+    with in_step(target.network):
+        answer(draft, target, prompts[0], replace(limits, max_new_tokens=4), chain=chain, choice=Greedy())
     greedy = answers(lambda number: Greedy())
     sampled = answers(lambda number: Sampling(temperature, torch.Generator().manual_seed(seed + number)))
     different = divergences(greedy)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from drafting.config import NUM_FEATURES, default_layers
 from drafting.model import DraftModel
-from drafting.target import Target
+from drafting.vocabulary import DraftVocabulary
 from training.export import replacing
 
 WEIGHTS = "model.safetensors"
@@ -31,18 +31,26 @@ SHAPE_KEYS = (
 )
 
 
-def export_draft(draft: DraftModel, target: Target, folder: Path, *, step: int, dtype: torch.dtype) -> list[str]:
+def export_draft(
+    draft: DraftModel,
+    target: PretrainedConfig,
+    vocabulary: DraftVocabulary,
+    layers: Sequence[int],
+    folder: Path,
+    *,
+    step: int,
+    dtype: torch.dtype,
+) -> list[str]:
     """Write config.json and model.safetensors, whole or not at all; what engines would stumble over, one line each."""
-    vocabulary, shape = target.vocabulary, target.network.config.get_text_config()
     with replacing(folder, step=step) as temporary:
         tensors = {name: tensor.detach().to(dtype).cpu().contiguous() for name, tensor in draft.state_dict().items()}
         if len(vocabulary) < vocabulary.target_size:  # engines have no room for a map where none is needed
             tensors["d2t"] = torch.from_numpy(vocabulary.offsets_D)
             tensors["t2d"] = torch.from_numpy(vocabulary.is_draft_token_V)
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        config = exported_config(draft.config, target.layers, depth=shape.num_hidden_layers, dtype=dtype)
+        config = exported_config(draft.config, layers, depth=target.num_hidden_layers, dtype=dtype)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        problems = lint(temporary, shape)
+        problems = lint(temporary, target)
     return problems
 
 

@@ -37,6 +37,7 @@ from mixture.whole_files import remove_leftovers, whole_file, write_whole
 from training.batches import Batch, Collate, PackedDataset, collate
 from training.distributed import Ranks, failing_together, from_main
 from training.evaluation import autocast, to_device
+from training.frozen_shards import in_step
 from training.model_identity import model_digest
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def is_done(shard: Path) -> bool:
 
 def write_features(
     target: Target,
+    whole_target: Callable[[], Target],
     model: ModelConfig,
     prepared: PreparedData,
     *,
@@ -175,6 +177,7 @@ def write_features(
 ) -> dict[str, SplitFeatures]:
     """The target's features of each split, of which the processes write what is missing side by side.
 
+    `target` may lack its layers; `whole_target` is asked where something is missing.
     ValueError: the disk has no room for them, or their folder holds others.
     """
     identity = FeatureIdentity.of(target, model, prepared)
@@ -187,10 +190,12 @@ def write_features(
     with failing_together():
         if ranks.is_main:
             require_room(folder, splits, missing, report)
-    with failing_together():
-        for name, shard in missing[ranks.rank :: ranks.world_size]:
-            write_shard(splits[name], shard, target, precision)
-            shard_written()
+    if missing:
+        whole = whole_target()
+        with failing_together(), in_step(whole.network):
+            for name, shard in missing[ranks.rank :: ranks.world_size]:
+                write_shard(splits[name], shard, whole, precision)
+                shard_written()
     return splits
 
 

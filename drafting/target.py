@@ -15,10 +15,10 @@ from drafting.loss import Teacher
 from drafting.vocabulary import DraftVocabulary, draft_vocabulary
 from training.batches import Batch
 from training.losses import output_head
-from training.models import load_frozen_model
+from training.models import load_frozen_model, load_model_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from mixture.prepare import PreparedData
     from training.config import ModelConfig
@@ -61,10 +61,6 @@ class Target:
         """Hidden states of a batch of packed samples."""
         boundaries = {key: batch[key] for key in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
         return self.read(batch["input_ids"], position_ids=batch["position_ids"], **boundaries)
-
-    def forget_layers(self) -> None:
-        """Keep embedding and head alone, where all states come from a cache."""
-        self.network.get_decoder().layers = torch.nn.ModuleList()
 
     @property
     def states_width(self) -> int:
@@ -119,15 +115,35 @@ class Target:
         return torch.from_numpy(self.vocabulary.index_V).to(self.device)
 
 
-def load_target(model: ModelConfig, prepared: PreparedData, config: Eagle3Config, device: torch.device) -> Target:
+def load_target(
+    model: ModelConfig,
+    prepared: PreparedData,
+    config: Eagle3Config,
+    device: torch.device,
+    *,
+    with_layers: bool = True,
+) -> Target:
     """The run's model as a target, on a device, in the precision of its forward pass.
 
+    Without its layers it is embedding and head, which a draft needs where all states come from a cache.
     ValueError for one without weights or without the layers that are asked for, and for data that suits no draft.
     """
-    network = load_frozen_model(model)
-    shape = network.config.get_text_config()
+    vocabulary, layers = tokens_and_layers(load_model_config(model).get_text_config(), prepared, config)
+    network = load_frozen_model(
+        model,
+        attention=model.attention,
+        layers=None if with_layers else 0,
+        device=device,
+        in_shards=config.shard_target and with_layers,
+    )
+    return Target(network, layers, vocabulary)
+
+
+def tokens_and_layers(
+    shape: PretrainedConfig, prepared: PreparedData, config: Eagle3Config
+) -> tuple[DraftVocabulary, tuple[int, ...]]:
+    """The tokens that the draft of a target may guess, and the layers whose inputs it sees; ValueError as above."""
     vocabulary = draft_vocabulary(
         prepared, target_size=shape.vocab_size, size=config.draft_vocabulary, min_coverage=config.min_coverage
     )
-    layers = feature_layers(config.layers, depth=shape.num_hidden_layers)
-    return Target(network.to(device), layers, vocabulary)
+    return vocabulary, feature_layers(config.layers, depth=shape.num_hidden_layers)

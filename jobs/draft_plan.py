@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from drafting.config import FEATURES_FOLDER, NUM_FEATURES, embedding_parameters
+from drafting.config import FEATURES_FOLDER, NUM_FEATURES, Eagle3Config, embedding_parameters
 from drafting.memory import DraftMemory, draft_memory
 from drafting.vocabulary import FIRST_GUESS
 from jobs.capture_plan import free_bytes, gigabytes
@@ -64,16 +64,17 @@ def plan_draft(
     prepared: PreparedData | None,
     *,
     target_parameters: int | None,
+    world_size: int,
     device_type: Literal["cuda", "cpu"],
 ) -> PlannedDraft | None:
-    """What the draft of a run takes; None where the run trains none."""
+    """What the draft of a run takes on each of its `world_size` devices; None where the run trains none."""
     eagle3 = config.eagle3
     if eagle3 is None:
         return None
     tokens = config.training.batch_size * config.dataset.max_length
     shape = model_shape(config.model.name)
-    if target_parameters is not None and eagle3.features == "cached":
-        target_parameters = embedding_parameters(shape)
+    if target_parameters is not None:
+        target_parameters = parameters_on_device(shape, target_parameters, eagle3, world_size=world_size)
 
     def memory(recomputes_steps: bool) -> DraftMemory | None:
         if target_parameters is None:
@@ -97,6 +98,20 @@ def plan_draft(
         data_bytes=data_bytes(prepared.folder) if prepared else None,
         features=plan_features(config, shape, prepared, number_bytes(config, device_type)),
     )
+
+
+def parameters_on_device(
+    shape: Mapping[str, Any], target_parameters: int, eagle3: Eagle3Config, *, world_size: int
+) -> int:
+    """Parameters of the target that a device holds while a draft is trained."""
+    on_all = embedding_parameters(shape)
+    in_layers = target_parameters - on_all
+    if eagle3.features == "cached":
+        return on_all
+    if not eagle3.shard_target or world_size == 1:
+        return target_parameters
+    # Beside its share the layer that computes, and the next one, which is gathered meanwhile.
+    return on_all + in_layers // world_size + 2 * in_layers // shape["num_hidden_layers"]
 
 
 def number_bytes(config: RunConfig, device_type: Literal["cuda", "cpu"]) -> int:

@@ -83,6 +83,7 @@ def plan_run(run: CheckedRun) -> Plan:
             run.config,
             prepared,
             target_parameters=count_parameters(run.config.model.name),
+            world_size=run.world_size,
             device_type="cuda" if trains_on_gpus(run) else "cpu",
         ),
     )

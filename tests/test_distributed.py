@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 import distillation
 import finetuning
-from distilling.config import CacheConfig
+from distilling.config import CacheConfig, OnPolicyConfig
 from distilling.run import DistillationRun
 from jobs.config import PROJECT
 from mixture.config import DatasetConfig
@@ -135,6 +136,18 @@ def distil_all(runs: list[DistillationRun]) -> None:
             pass
 
 
+def distil_and_evaluate(runs: list[DistillationRun]) -> list[int]:
+    """The weights of the teacher's decoder layers that this process holds for each run."""
+    distil_all(runs)
+    held = []
+    for run in runs:
+        distillation.evaluate(run)
+        layers = distillation.load_teacher(run).model.get_decoder().layers
+        local = (getattr(weight, "to_local", lambda weight=weight: weight)() for weight in layers.parameters())
+        held.append(sum(weight.numel() for weight in local))
+    return held
+
+
 def test_three_ranks_distil_exactly_and_see_the_loss_that_one_rank_sees(
     on_three_ranks: OnThreeRanks, make_distillation: MakeDistillation
 ) -> None:
@@ -150,6 +163,21 @@ def test_three_ranks_distil_exactly_and_see_the_loss_that_one_rank_sees(
     for line_of_one, line_of_three in zip(one_rank.folder.metrics(), whole.folder.metrics(), strict=True):
         for part in ("loss", "cross_entropy", "divergence"):
             assert line_of_three[part] == pytest.approx(line_of_one[part], rel=1e-4)
+
+
+def test_a_live_teacher_in_shards_says_what_a_whole_one_says(
+    on_three_ranks: OnThreeRanks, make_distillation: MakeDistillation
+) -> None:
+    settings: dict[str, Any] = {"training": {"lr": 1e-3, "batch_size": 1}, "on_policy": OnPolicyConfig(share=0.5)}
+    whole = make_distillation("whole", **settings)
+    sharded = make_distillation("sharded", shard_teacher=True, **settings)
+    held = on_three_ranks(distil_and_evaluate, [whole, sharded])
+    assert_same_weights(whole, sharded)
+    evaluations = [json.loads(run.folder.evaluation.read_text()) for run in (whole, sharded)]
+    assert evaluations[0] == evaluations[1]
+    assert "divergence" in evaluations[0]["models"]["student"]["all"]
+    (all_of_it, *_), parts = zip(*held, strict=True)
+    assert sum(parts) == all_of_it and max(parts) < 0.4 * all_of_it, "a third, but for what three do not divide"
 
 
 @pytest.mark.parametrize(("objective", "prepared_for"), [("dpo", "pairs"), ("kto", "labelled"), ("reward", "pairs")])

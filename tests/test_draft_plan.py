@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,15 +17,16 @@ from drafting_models import target_config
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from drafting.config import Eagle3Config
 from drafting.evaluation import collate_for_draft, unrolled_loss
 from drafting.memory import draft_memory
 from drafting.model import new_draft
 from drafting.target import Target
 from drafting.vocabulary import DraftVocabulary
 from jobs.config import PROJECT
-from jobs.draft_plan import draft_lines, supervised_preview
+from jobs.draft_plan import draft_lines, parameters_on_device, supervised_preview
 from jobs.launch import refuse_full_disk
-from jobs.plan import plan_run
+from jobs.plan import count_parameters, plan_run
 from jobs.preflight import check_run
 from mixture.prepare import prepare
 from mixture.shards import TokenRow
@@ -164,6 +166,17 @@ def test_cached_features_are_told_by_their_size_and_take_the_target_s_layers_off
     assert with_cache.memory is not None and live.memory is not None
     assert with_cache.memory.target == 4096 * 320 * 4 < live.memory.target
     assert any("features on the disk, 5,120 bytes a token" in line for line in draft_lines(with_cache))
+
+
+def test_a_target_in_shards_is_told_by_its_share(file: Path, tmp_path: Path) -> None:
+    shape = json.loads((PROJECT / "configs/models/small/config.json").read_text())
+    whole = count_parameters(str(PROJECT / "configs/models/small"))
+    assert whole is not None
+    in_layers = whole - 4096 * 320
+    shared = Eagle3Config(shard_target=True)
+    assert parameters_on_device(shape, whole, shared, world_size=1) == whole
+    share = parameters_on_device(shape, whole, shared, world_size=4)
+    assert share == 4096 * 320 + in_layers // 4 + 2 * in_layers // shape["num_hidden_layers"]
 
 
 def test_a_run_whose_features_do_not_fit_is_refused_before_it_is_queued(file: Path, tmp_path: Path) -> None:

@@ -39,14 +39,15 @@ def make_target(
 
 def exported(target: Target, folder: Path) -> list[str]:
     draft = new_draft(target.network.config, target.head_VH[target.draft_ids_D], seed=1)
-    return export_draft(draft, target, folder, step=3, dtype=torch.float32)
+    shape = target.network.config.get_text_config()
+    return export_draft(draft, shape, target.vocabulary, target.layers, folder, step=3, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("family", TARGETS)
 def test_an_exported_draft_computes_what_the_trained_one_does(family: str, tmp_path: Path) -> None:
     target = make_target(family, rope_parameters=LLAMA_3_ROTATION)
     draft = new_draft(target.network.config, target.head_VH[target.draft_ids_D], seed=1)
-    assert export_draft(draft, target, tmp_path / "export", step=3, dtype=torch.float32) == []
+    assert exported(target, tmp_path / "export") == []
     loaded, ids = load_exported(tmp_path / "export")
     assert torch.equal(ids, target.draft_ids_D)
     samples = PackedSamples(torch.arange(9)[None], torch.tensor([0, 9], dtype=torch.int32), 9)

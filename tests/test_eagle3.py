@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -198,20 +198,42 @@ def test_a_draft_trained_for_any_family_is_exported_as_it_is_and_decodes_what_th
         assert scores[f"{decoded}acceptance_length_by_source"] == {"told_sums": length}
 
 
-def train_as_rank(rank: int, run: Eagle3Run) -> None:
+@pytest.fixture(scope="module")
+def on_two_ranks() -> Iterator[Callable[..., None]]:
+    """on_two_ranks(run, ...): train and evaluate each run on two processes, which stay up."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as first, ProcessPoolExecutor(1, mp_context=context) as second:
+
+        def train_all(*runs: Eagle3Run) -> None:
+            for future in [pool.submit(train_as_rank, rank, runs) for rank, pool in enumerate((first, second))]:
+                future.result(timeout=200)
+
+        yield train_all
+
+
+def train_as_rank(rank: int, runs: Sequence[Eagle3Run]) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    eagle3.train(run)
-    eagle3.evaluate(run)
+    for run in runs:
+        eagle3.train(run)
+        eagle3.evaluate(run)
 
 
-def test_two_ranks_see_the_losses_and_the_accepted_guesses_that_one_rank_sees(make_run: MakeRun) -> None:
+def test_two_ranks_see_the_losses_and_the_accepted_guesses_that_one_rank_sees_and_a_target_in_shards_says_the_same(
+    make_run: MakeRun, on_two_ranks: Callable[..., None]
+) -> None:
     one = make_run("one", training={"batch_size": 6})
     two = make_run("two", training={"batch_size": 3})
+    sharded = make_run("sharded", training={"batch_size": 3}, settings={"shard_target": True})
     eagle3.train(one)
     eagle3.evaluate(one)
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(train_as_rank, range(2), [two, two]))
+    on_two_ranks(two, sharded)
+    weights, expected = final_state(sharded)[0], final_state(two)[0]
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    scores, expected_scores = (json.loads(run.folder.evaluation.read_text()) for run in (sharded, two))
+    for name in ("speedup", "sampling_speedup"):
+        del scores[name], expected_scores[name]
+    assert scores == expected_scores and scores["decoded_prompts"] == 3, "an odd number of prompts on two ranks"
     for of_one, of_two in zip(one.folder.metrics(), two.folder.metrics(), strict=True):
         for name in ("loss", "grad_norm", "acceptance_length"):
             assert of_two[name] == pytest.approx(of_one[name], rel=1e-3), name
@@ -344,6 +366,42 @@ def test_a_shard_that_is_cut_short_or_unmarked_is_written_again_and_no_other(mak
     assert {name for name in before if after[name] != before[name]} == {cut.name, unmarked.name}
 
 
+def write_until_killed(run: Eagle3Run) -> None:
+    features.SHARD_BYTES = 100_000
+    eagle3.train(run)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_writer_that_is_killed_costs_no_more_than_the_shard_it_was_at(make_run: MakeRun, own_data: Path) -> None:
+    run = replace(make_run("run", settings={"features": "cached"}), prepared=own_data)
+    writer = multiprocessing.get_context("spawn").Process(target=write_until_killed, args=(run,))
+    writer.start()
+    while len(done := list((own_data / "features").rglob("*.done"))) < 2:
+        assert writer.is_alive()
+    writer.kill()
+    writer.join()
+    written = {marker: marker.stat().st_mtime_ns for marker in done}
+    whole = replace(make_run("whole", settings={"features": "cached"}), prepared=own_data.with_name("other-data"))
+    shutil.copytree(own_data, whole.prepared, ignore=shutil.ignore_patterns("features"))
+    eagle3.train(run)
+    assert all(marker.stat().st_mtime_ns == moment for marker, moment in written.items())
+    eagle3.train(whole)
+    contents = [
+        {shard.name: shard.read_bytes() for shard in (one.prepared / "features").rglob("*.safetensors")}
+        for one in (run, whole)
+    ]
+    assert contents[0] == contents[1] and len(contents[0]) > 3
+
+
+def test_a_target_without_its_layers_embeds_and_judges_as_the_whole_one(make_run: MakeRun) -> None:
+    run = make_run("run")
+    whole, without = eagle3.build_target(run), eagle3.build_target(run, with_layers=False)
+    ids, states = torch.arange(5)[None], torch.randn(1, 5, 24)
+    assert torch.equal(whole.embed(ids), without.embed(ids))
+    assert torch.equal(whole.logits(states), without.logits(states))
+    assert whole.layers == without.layers and not without.network.get_decoder().layers
+
+
 def test_another_target_has_features_of_its_own_and_a_folder_of_others_is_refused(
     make_run: MakeRun, own_data: Path
 ) -> None:
@@ -390,11 +448,14 @@ def test_features_that_the_disk_has_no_room_for_are_refused_before_anything_is_w
     assert not shards_of(run)
 
 
-def test_two_ranks_write_the_features_side_by_side(make_run: MakeRun, own_data: Path) -> None:
-    one = replace(make_run("one", training={"batch_size": 6}, settings={"features": "cached"}), prepared=own_data)
-    two = replace(make_run("two", training={"batch_size": 3}, settings={"features": "cached"}), prepared=own_data)
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(train_as_rank, range(2), [two, two]))
+def test_two_ranks_with_a_target_in_shards_write_the_features_side_by_side(
+    make_run: MakeRun, own_data: Path, on_two_ranks: Callable[..., None]
+) -> None:
+    settings = {"features": "cached"}
+    one = replace(make_run("one", training={"batch_size": 6}, settings=settings), prepared=own_data)
+    settings = {**settings, "shard_target": True}
+    two = replace(make_run("two", training={"batch_size": 3}, settings=settings), prepared=own_data)
+    on_two_ranks(two)
     written = shards_of(two)
     eagle3.train(one)
     assert shards_of(one) == written

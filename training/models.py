@@ -7,34 +7,36 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging
 
 from training.adapter_options import EXPERTS
 from training.adapters import add_adapter, export_adapter, four_bits, load_adapter_state, merge_adapters
 from training.attention import check_packable, register_varlen_attention
 from training.config import ModelConfig
 from training.export import replacing
+from training.frozen_shards import load_in_shards
 from training.losses import use_chunked_loss
 
 # Bars of one file each would be all that a job's log shows.
-disable_progress_bar()
+logging.disable_progress_bar()
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a pad token."""
+def load_tokenizer(model: ModelConfig, *, key: str = "model") -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token; `key` is the section that names the model, for messages."""
     name, revision = (model.tokenizer, None) if model.tokenizer else (model.name, model.revision)
-    key = "model.tokenizer" if model.tokenizer else "model.name"
+    key = f"{key}.tokenizer" if model.tokenizer else f"{key}.name"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -60,13 +62,13 @@ def build_model(
     set_seed(seed)
     if checkpoint and not model.peft:
         trained = replace(model, name=str(checkpoint), revision=None, adapters=[])
-        network = load_weights(trained, shallower(config, layers) if layers else config)
+        network = load_weights(trained, shallower(config, layers) if layers else config, attention=model.attention)
     elif model.from_scratch:
         network = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=model.attention, trust_remote_code=model.trust_remote_code
         )
     else:
-        network = load_weights(model, config)
+        network = load_weights(model, config, attention=model.attention)
         if layers:
             keep_layers(network, layers)
     if model.attention == "varlen":
@@ -80,14 +82,14 @@ def build_model(
     return adapted
 
 
-def load_model_config(model: ModelConfig) -> PretrainedConfig:
+def load_model_config(model: ModelConfig, *, key: str = "model") -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model.name: no model found under {model.name!r}. {where_tried(model.name)}\n{error}"
+            f"{key}.name: no model found under {model.name!r}. {where_tried(model.name)}\n{error}"
         ) from error
 
 
@@ -110,40 +112,68 @@ def where_tried(name: str) -> str:
     return f"Tried the folder {folder}, {found}, and the hub{offline}."
 
 
-def load_frozen_model(model: ModelConfig) -> PreTrainedModel:
-    """The model with its trained weights, on the CPU, in the precision of its forward pass: to be read, not trained."""
+def load_frozen_model(
+    model: ModelConfig,
+    *,
+    key: str = "model",
+    attention: str | None = None,
+    layers: int | None = None,
+    device: torch.device | None = None,
+    in_shards: bool = False,
+) -> PreTrainedModel:
+    """The model with its trained weights, in the precision of its forward pass: to be read, not trained.
+
+    `attention`: its implementation; unset, what transformers takes. `layers`: its first decoder layers that are kept;
+    unset, all. On a device, or without one spread over all GPUs of this process, or on the CPU where it has none.
+    `in_shards`: its layers shared out over the processes of the block, all of which must ask it equally often
+    (training/frozen_shards.py). ValueError where there is none under that name; `key` is the section that names it.
+    """
     register_varlen_attention()
-    network = load_weights(model, load_model_config(model), dtype=precision(model))
-    if model.attention == "varlen":
+    config = load_model_config(model, key=key)
+    if layers is not None:
+        config = shallower(config, range(layers))
+
+    def load() -> PreTrainedModel:
+        spread = "auto" if device is None and torch.cuda.is_available() else None
+        with nullcontext() if layers is None else without_load_report():
+            return load_weights(model, config, dtype=precision(model), attention=attention, key=key, device_map=spread)
+
+    def without_weights() -> PreTrainedModel:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(
+                config,
+                dtype=precision(model),
+                attn_implementation=attention,
+                trust_remote_code=model.trust_remote_code,
+            )
+
+    if in_shards:
+        assert device is not None
+        network = load_in_shards(load, without_weights, device)
+    else:
+        network = load() if device is None else load().to(device)
+    if attention == "varlen":
         check_packable(network)
     return network.requires_grad_(False).eval()
 
 
-def load_with_tokenizer(
-    model: ModelConfig, *, key: str, device: torch.device | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model to be asked, frozen, and its tokenizer, in the precision of its forward pass.
-
-    On a device, or without one spread over all GPUs of this process, or on the CPU where it has none. ValueError where
-    there is none under that name; `key` is the section that names it.
-    """
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Nothing said of weights that the file has and the model, on purpose, has not."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-        network = AutoModelForCausalLM.from_pretrained(
-            model.name,
-            revision=model.revision,
-            dtype=precision(model),
-            trust_remote_code=model.trust_remote_code,
-            device_map="auto" if device is None and torch.cuda.is_available() else device,
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{key}.name: no model with weights and tokenizer that can be read under {model.name!r}. "
-            f"{where_tried(model.name)}\n{error}"
-        ) from error
-    return network.requires_grad_(False).eval(), tokenizer
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def load_with_tokenizer(
+    model: ModelConfig, *, key: str, device: torch.device | None = None, in_shards: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model to be asked, as `load_frozen_model` gives it, and its tokenizer."""
+    tokenizer = load_tokenizer(model, key=key)
+    return load_frozen_model(model, key=key, device=device, in_shards=in_shards), tokenizer
 
 
 @contextmanager
@@ -162,7 +192,15 @@ def told_of_full_memory(*, lower: str, key: str) -> Iterator[None]:
         ) from error
 
 
-def load_weights(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_weights(
+    model: ModelConfig,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    attention: str | None,
+    key: str = "model",
+    device_map: str | None = None,
+) -> PreTrainedModel:
     """The trained weights; unless told otherwise in float32, and as the base of an adapter in `precision(model)`."""
     dtype = dtype or (precision(model) if model.peft else torch.float32)
     try:
@@ -171,14 +209,16 @@ def load_weights(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.d
             config=config,
             revision=model.revision,
             dtype=torch.float32 if model.adapters else dtype,
-            attn_implementation=model.attention,
+            attn_implementation=attention,
             trust_remote_code=model.trust_remote_code,
+            device_map=device_map,
             quantization_config=four_bits(precision(model)) if model.peft_method == "qlora" and model.peft else None,
         )
     except OSError as error:
         raise ValueError(
-            f"model.name: {model.name!r} has a config and no weights that can be read. {where_tried(model.name)} "
-            f"To start with random weights, set model.from_scratch: true.\n{error}"
+            f"{key}.name: {model.name!r} has a config and no weights that can be read. {where_tried(model.name)}"
+            + (" To start with random weights, set model.from_scratch: true." if key == "model" else "")
+            + f"\n{error}"
         ) from error
     return merge_adapters(network, model.adapters).to(dtype) if model.adapters else network
 
@@ -188,7 +228,7 @@ def shallower(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConf
     config = copy.deepcopy(config)
     text_config = config.get_text_config()
     depth = text_config.num_hidden_layers
-    if max(layers) >= depth:
+    if layers and max(layers) >= depth:
         raise ValueError(f"layers: there is no layer {max(layers)}; the model has layers 0 to {depth - 1}")
     if getattr(text_config, "layer_types", None):
         text_config.layer_types = [text_config.layer_types[layer] for layer in layers]
