@@ -4,15 +4,17 @@
     python benchmarks/teacher_cache.py --repetitions 5 --json
 
 Tokens are read for each second of one core (CPU seconds, page cache warm), through `TeacherCache.targets`: ids,
-probabilities and weights, ready for the loss. The distributions are made up: ids by Zipf's law below 150,000, sorted
-log probabilities. `nested lists` is the layout of DistillKit's caches, list<list<uint8>> in groups of 32 rows, holding
-the same bytes of the most probable tokens and no more; they are read and not taken apart.
+probabilities and weights, ready for the loss; and of short rows for each second of the clock by two processes at once.
+The distributions are made up: ids by Zipf's law below 150,000, sorted log probabilities. `nested lists` is the layout
+of DistillKit's caches, list<list<uint8>> in groups of 32 rows, holding the same bytes of the most probable tokens and
+no more; they are read and not taken apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shutil
 import sys
 import tempfile
@@ -45,6 +47,8 @@ TEMPERATURES = [1.0, 1.5, 2.0, 3.0, 4.0]
 ROW_TOKENS = {"long": 4096, "short": 100}
 SHARDS = 2
 READ_TOKENS = 200_000
+NUM_READS = 6000
+"""Of each of two processes that read at once."""
 PEER_GROUP_ROWS = 32
 IDENTITY = CacheIdentity(
     teacher="", teacher_digest="", vocabulary_digest="", chat_template_digest="", data_fingerprint=""
@@ -87,6 +91,10 @@ def cache_section(options: argparse.Namespace) -> dict[str, Any]:
             print(f"cache: {name}, {length} rows", file=sys.stderr, flush=True)
             figures[f"{name}, {length} rows"] = measure_layout(layout, tokens, options.repetitions)
         figures[f"nested lists 64, {length} rows"] = measure_nested_lists(tokens, options.repetitions)
+    for name in ("topk 64", "hybrid 16 + 8", "sampled 50"):
+        speed = measure_two_processes(LAYOUTS[name])
+        figures[f"{name}, short rows"]["million_tokens_per_s_of_two_processes"] = speed
+        print(f"two processes, {name}, short rows: {speed:.3f} Mtoken/s")
     for name, figure in figures.items():
         print(f"{name:34}{figure['bytes_per_token']:>6.0f} B/token{figure['million_tokens_per_s']:>8.3f} Mtoken/s")
     figures["capture"] = measure_capture()
@@ -168,6 +176,34 @@ def measure_layout(layout: Layout, row_tokens: int, repetitions: int) -> dict[st
         size = sum(shard_file(folder, shard).stat().st_size for shard in range(SHARDS))
         speed = tokens_per_s(lambda number: cache.targets(rows[number], temperature=1.0), rows, repetitions)
     return {"bytes_per_token": size / len(rows) / row_tokens, "million_tokens_per_s": speed / 1e6}
+
+
+def measure_two_processes(layout: Layout) -> float:
+    """Million tokens a second of the clock, of short random rows that two processes read at once."""
+    manifest, rows = manifest_of(layout.kind, ROW_TOKENS["short"]), token_rows(ROW_TOKENS["short"])
+    context = multiprocessing.get_context("fork")
+    both_are_warm, seconds = context.Barrier(2), context.Queue()
+    with temporary_folder() as folder:
+        write_cache(folder, manifest, rows)
+
+        def read(seed: int) -> None:
+            cache = TeacherCache.open(folder)
+            chosen = np.random.default_rng(seed).integers(0, len(rows), NUM_READS).tolist()
+            for number in chosen[: NUM_READS // 10]:
+                cache.targets(rows[number], temperature=1.0)
+            both_are_warm.wait()
+            began = time.perf_counter()
+            for number in chosen:
+                cache.targets(rows[number], temperature=1.0)
+            seconds.put(time.perf_counter() - began)
+
+        readers = [context.Process(target=read, args=(seed,)) for seed in range(2)]
+        for reader in readers:
+            reader.start()
+        slowest_s = max(seconds.get() for _ in readers)
+        for reader in readers:
+            reader.join()
+    return 2 * NUM_READS * ROW_TOKENS["short"] / slowest_s / 1e6
 
 
 def measure_nested_lists(row_tokens: int, repetitions: int) -> dict[str, float]:

@@ -182,6 +182,18 @@ def test_what_is_written_is_not_written_again(tmp_path, unique):
     assert not list(unique.scan.folder.glob("scatter-*")), "the temporary copy is gone"
 
 
+def test_a_temporary_copy_that_its_writer_was_killed_before_removing_goes_with_the_next_call(
+    tmp_path, unique, monkeypatch
+):
+    with monkeypatch.context() as killed:
+        killed.setattr(scatter_module, "shutil", None)
+        with pytest.raises(AttributeError):
+            scatter(unique, ROWS, tmp_path / "out", seed=1, workers=1, report=silent)
+    assert list(unique.scan.folder.glob("scatter-*"))
+    scatter(unique, ROWS, tmp_path / "out", seed=1, workers=1, report=silent)
+    assert not list(unique.scan.folder.glob("scatter-*"))
+
+
 def test_rows_asked_of_a_source_that_has_none_are_an_error(tmp_path, unique):
     with pytest.raises(ValueError, match="5 rows asked of test/math, which has none after filters and duplicates"):
         scatter(unique, {("test", "math"): 5}, tmp_path / "out", seed=1, workers=1, report=silent)
