@@ -182,6 +182,6 @@ def test_the_yaml_of_the_readme_is_read(copy: Path) -> None:
 
 
 def test_every_file_that_the_documents_link_to_exists() -> None:
-    for document in ("README.md", "CONTRIBUTING.md"):
+    for document in ("README.md", "TRAINERS.md", "CONTRIBUTING.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", (PROJECT / document).read_text()):
             assert (PROJECT / target).exists(), f"{document} links to {target}"
