@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetuning
 from mixture.config import DatasetConfig
-from mixture.dataset_modules import ModuleFile
+from mixture.dataset_modules import ModuleFile, load_module, module_score
 from mixture.prepare import PreparationRequest, prepare
 from training.checkpoints import NoValidCheckpointError, newest_valid
 from training.config import EvaluationConfig
@@ -72,6 +73,46 @@ def test_answers_are_scored_by_the_module(trained: FinetuningRun) -> None:
         == "<|im_start|>user\nWhat is 10 plus 2? Please. Please.<|im_end|>\n<|im_start|>assistant\n"
     )
     assert all(example["score"] in (0.0, 1.0) for example in examples)
+
+
+NAMED_SCORE = """
+import threading, time
+
+SCORE_NAME = "pass@1"
+SCORE_IN_THREADS = {in_threads}
+threads = set()
+
+def get_custom_dataset(dataset_config, processor, split): ...
+
+def score(prediction, row, dataset_config):
+    threads.add(threading.current_thread())
+    time.sleep(0.01 * len(row["answer"]))  # answers are judged in another order than they were asked for
+    return float(row["answer"].startswith(dataset_config.wanted))
+"""
+
+
+@pytest.mark.parametrize("in_threads", [True, False])
+def test_a_score_has_the_name_and_the_keys_of_its_module_and_runs_in_threads_where_that_is_allowed(
+    in_threads: bool, trained: FinetuningRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    module = ModuleFile(tmp_path / "named.py")
+    module.path.write_text(NAMED_SCORE.format(in_threads=in_threads))
+    dataset = replace(trained.dataset, module_keys={"wanted": "10 + 3"})
+    result = finetuning.evaluate(replace(trained, module=module, dataset=dataset))
+    assert result["pass@1"] == 0.25 and "score" not in result
+    assert [example["score"] for example in result["examples"]] == [0.0, 1.0, 0.0, 0.0]
+    assert capfd.readouterr().out.splitlines()[-1].startswith("answers: 4 of 4 written, 4 scored, ")
+    assert (threading.main_thread() not in load_module(module.path).threads) == in_threads
+
+
+@pytest.mark.parametrize("name", ["loss", 1])
+def test_a_score_of_a_name_that_is_taken_is_refused(name: object, trained: FinetuningRun, tmp_path: Path) -> None:
+    module = ModuleFile(tmp_path / "named.py")
+    module.path.write_text(f"SCORE_NAME = {name!r}\ndef score(prediction, row): return 1.0\n")
+    with pytest.raises(
+        ValueError, match=rf"named.py: SCORE_NAME is {name!r}; name what `score` returns, and not epoch"
+    ):
+        module_score(module, trained.dataset)
 
 
 def test_without_a_checkpoint_there_is_nothing_to_evaluate(make_run: MakeRun) -> None:

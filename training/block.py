@@ -243,13 +243,14 @@ def scored_answers(
 
     Turns the weights into the precision that answers are written in.
     """
-    from mixture.dataset_modules import score_function
+    from mixture.dataset_modules import module_score
     from training.evaluation import generation_score
     from training.models import precision
 
     # Preparation keeps the questions of the test split where the module scores answers and its rows hold questions.
     questions_file = open_prepared(run).folder / "test_rows.jsonl"
-    score = score_function(run.module) if run.module and run.evaluation.limit and questions_file.exists() else None
+    has_questions = run.evaluation.limit and questions_file.exists()
+    score = module_score(run.module, run.dataset) if run.module and has_questions else None
     if not score:
         return None
     return generation_score(
