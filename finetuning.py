@@ -17,6 +17,7 @@ from training.block import (
     device_of_process,
     export_folder,
     export_trained,
+    harness_scores,
     held_out_scores,
     make_trainer,
     open_prepared,
@@ -199,5 +200,7 @@ def preference_scores(run: FinetuningRun, model: Any, checkpoint: Checkpoint, ra
         scores = {**by_source["all"], "models": {run.finetuning.objective: by_source}}
     # Last, as it turns the weights into the precision that answers are written in.
     is_writer = run.finetuning.objective != "reward"
-    generated = scored_answers(run, model, build_tokenizer(run), ranks) if is_writer else None
+    tokenizer = build_tokenizer(run)
+    generated = scored_answers(run, model, tokenizer, ranks) if is_writer else None
+    scores |= harness_scores(run, model, tokenizer, ranks) if is_writer else {}
     return {**as_json(None, generated, step=checkpoint.step, epoch=checkpoint.epoch), **scores}

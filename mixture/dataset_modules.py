@@ -28,7 +28,9 @@ SCORE_FUNCTION = "score"
 SCORE_NAME = "SCORE_NAME"
 SCORE_IN_THREADS = "SCORE_IN_THREADS"
 
-OTHER_SCORES = frozenset({"step", "epoch", "loss", "perplexity", "tokens", "scored_rows", "examples", "models"})
+OTHER_SCORES = frozenset(
+    {"step", "epoch", "loss", "perplexity", "tokens", "scored_rows", "examples", "models", "lm_eval"}
+)
 """What the evaluation tells beside a module's score."""
 
 # What a failing call may raise through unchanged: the network or the machine failed, not the module.

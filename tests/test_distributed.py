@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_harness import TASKS, needs_lm_eval, write_tasks
 
 import distillation
 import finetuning
@@ -23,7 +24,7 @@ from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparationRequest, prepare
 from training.checkpoints import newest_valid
-from training.config import FinetuningConfig, LoraConfig
+from training.config import EvaluationConfig, FinetuningConfig, LmEvalConfig, LoraConfig
 from training.distributed import Ranks, agree_on_any, failing_together, from_main, join_ranks, tasks_on_node
 from training.ledger import Ledger
 from training.run import FinetuningRun, TrainerRun
@@ -176,6 +177,21 @@ def test_three_ranks_learn_preferences_exactly_and_as_one_rank_does(
     for line_of_one, line_of_three in zip(one_rank.folder.metrics(), whole.folder.metrics(), strict=True):
         for part in ("loss", "accuracy", "margin"):
             assert line_of_three[part] == pytest.approx(line_of_one[part], rel=1e-3, abs=1e-5)
+
+
+def evaluated(run: FinetuningRun) -> dict[str, Any]:
+    return finetuning.evaluate(run)["lm_eval"]
+
+
+@needs_lm_eval
+def test_three_ranks_share_the_questions_of_a_harness_and_all_learn_its_scores(
+    on_three_ranks: OnThreeRanks, make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run("run", training={"epochs_per_job": 3})
+    finetuning.train(run)
+    tasks = LmEvalConfig(tasks=list(TASKS), include_path=str(write_tasks(tmp_path / "tasks")), limit=5)
+    run = replace(run, evaluation=EvaluationConfig(limit=0, lm_eval=tasks))
+    assert on_three_ranks(evaluated, run) == [evaluated(run)] * NUM_RANKS
 
 
 def test_a_chain_begun_on_three_ranks_is_not_resumed_on_one(on_three_ranks: OnThreeRanks, make_run: MakeRun) -> None:

@@ -437,6 +437,42 @@ class FinetuningConfig:
 
 
 @dataclass(kw_only=True, frozen=True)
+class LmEvalConfig:
+    """Tasks of lm-evaluation-harness, for which .venv needs its package: pip install lm-eval."""
+
+    tasks: list[str]
+    """Names of tasks and groups, as `lm-eval ls tasks` lists them. Those that run a model's code are refused."""
+
+    num_fewshot: int | None = None
+    """Examples before each question. Unset: as each task says."""
+
+    limit: int | None = None
+    """Questions of each task. Unset: all."""
+
+    batch_size: int | None = None
+    """Rows per batch. Unset: `evaluation.batch_size`."""
+
+    apply_chat_template: bool = False
+    """Ask in the turns of the model's chat template."""
+
+    include_path: str | None = None
+    """A folder with tasks of your own, in the harness's YAML."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.tasks:
+            problems.append("evaluation.lm_eval.tasks names no task; name one, or leave evaluation.lm_eval out")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            problems.append(f"evaluation.lm_eval.num_fewshot must not be negative, got {self.num_fewshot}")
+        for key in ("limit", "batch_size"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                problems.append(f"evaluation.lm_eval.{key} must be at least 1, got {value}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+@dataclass(kw_only=True, frozen=True)
 class EvaluationConfig:
     """The last job of the chain: scores on the test split."""
 
@@ -448,6 +484,9 @@ class EvaluationConfig:
 
     batch_size: int | None = None
     """Rows per evaluation batch. Unset: `training.batch_size`."""
+
+    lm_eval: LmEvalConfig | None = None
+    """Tasks of lm-evaluation-harness to score the model on."""
 
     def __post_init__(self) -> None:
         if self.limit < 0:
