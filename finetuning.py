@@ -144,10 +144,9 @@ def export(run: FinetuningRun, end: Checkpoint) -> None:
     if run.finetuning.objective != "reward":
         export_trained(run, model, build_tokenizer(run), end)
         return
-    from training.models import precision
     from training.preferences import export_reward_model
 
-    export_reward_model(model, build_tokenizer(run), export_folder(run), step=end.step, dtype=precision(run.model))
+    export_reward_model(model, build_tokenizer(run), export_folder(run), step=end.step, config=run.model)
 
 
 # --- scores

@@ -374,12 +374,6 @@ def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
                 )
     else:
         problems += contradictions_of_adapter(config, tree)
-    if config.trainer == "finetuning" and config.finetuning.objective == "reward" and config.model.peft:
-        problems.append(
-            Problem(
-                tree.place(("model", "peft")), "model.peft: a reward model is trained in full; leave model.peft out"
-            )
-        )
     is_reward_model = config.trainer == "finetuning" and config.finetuning.objective == "reward"
     if config.evaluation.lm_eval is not None and (config.eagle3 is not None or is_reward_model):
         kind = "a reward model" if is_reward_model else "a draft head"

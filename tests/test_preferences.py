@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import finetuning
 from jobs.config import PROJECT, read_run_config
@@ -19,7 +21,6 @@ from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparationRequest, PreparedData, prepare
 from mixture.shards import TokenRows, read_packs
-from settings.yaml_tree import ConfigError
 from training.checkpoints import newest_valid
 from training.config import DpoConfig, FinetuningConfig, LoraConfig
 from training.preferences import PreferenceCollate
@@ -86,6 +87,60 @@ def test_two_blocks_of_an_adapter_with_dropout_equal_one_run(make_preference_run
     chain = make_preference_run("chain", "dpo", model=model, training={"epochs_per_job": 1, "total_jobs": 2})
     whole = make_preference_run("whole", "dpo", model=model, training={"epochs_per_job": 2, "total_jobs": 1})
     assert largest_difference(train_to_the_end(chain), train_to_the_end(whole)) == 0
+
+
+# --- reward models
+
+
+def rewards_by(model: Any, run: FinetuningRun) -> list[float]:
+    """The rewards of the test answers, each read alone, as users of the model read them."""
+    rows = [row for pack in range(2) for row in finetuning.build_data(run, "test")[pack]]
+    with torch.no_grad():
+        return [float(model.eval()(torch.tensor(row.input_ids[None].astype("int64"))).logits[0, 0]) for row in rows]
+
+
+def test_a_reward_model_of_adapters_resumes_exactly_and_loads_from_adapter_and_merged_whole(
+    make_preference_run: MakeRun, teacher: Path
+) -> None:
+    base = {"name": str(teacher), "from_scratch": False, "peft": True, "lora": LoraConfig(r=4, dropout=0.2)}
+    model = {**base, "merge_adapter": True}
+    chain = make_preference_run("chain", "reward", model=model, training={"epochs_per_job": 1, "total_jobs": 2})
+    whole = make_preference_run("whole", "reward", model=model, training={"epochs_per_job": 2, "total_jobs": 1})
+    trained = train_to_the_end(chain)
+    assert largest_difference(trained, train_to_the_end(whole)) == 0
+    assert any(name.endswith("score.modules_to_save.default.weight") for name in trained)
+
+    merged = AutoModelForSequenceClassification.from_pretrained(chain.folder.export / "merged")
+    plain = AutoModelForSequenceClassification.from_pretrained(teacher, num_labels=1)
+    adapted = PeftModel.from_pretrained(plain, chain.folder.export)
+    ours = rewards_by(finetuning.build_model(chain, newest_valid(chain.folder.checkpoints)[0]), chain)
+    assert rewards_by(adapted, chain) == pytest.approx(ours, abs=1e-6)
+    assert rewards_by(merged, chain) == pytest.approx(ours, abs=1e-5)
+    assert finetuning.evaluate(chain)["accuracy"] > 0.5 and max(ours) - min(ours) > 0.1
+    card = (chain.folder.export / "README.md").read_text()
+    assert "AutoModelForSequenceClassification.from_pretrained(" in card and "num_labels=1, pad_token_id=" in card
+
+
+def test_a_reward_model_begins_with_adapters_that_were_trained_before(
+    make_preference_run: MakeRun, teacher: Path
+) -> None:
+    lora = {"name": str(teacher), "from_scratch": False, "peft": True, "lora": LoraConfig(r=4)}
+    writer = make_preference_run("writer", "dpo", model={**lora, "merge_adapter": True})
+    finetuning.train(writer)
+    beside = {"name": str(teacher), "from_scratch": False, "adapters": [str(writer.folder.export)]}
+    found = finetuning.build_model(make_preference_run("found", "reward", model=beside), None).state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(writer.folder.export / "merged").state_dict()
+    assert "score.weight" in found
+    shared = [name for name in merged if name in found]
+    assert len(shared) > 10 and max(float((found[name] - merged[name]).abs().max()) for name in shared) < 1e-6
+    before = AutoModelForCausalLM.from_pretrained(teacher).state_dict()
+    assert max(float((found[name] - before[name]).abs().max()) for name in shared) > 1e-4
+    both = {**beside, "peft": True, "lora": LoraConfig(r=4), "merge_adapter": True}
+    run = make_preference_run("both", "reward", model=both)
+    finetuning.train(run)
+    ours = rewards_by(finetuning.build_model(run, newest_valid(run.folder.checkpoints)[0]), run)
+    whole = AutoModelForSequenceClassification.from_pretrained(run.folder.export / "merged")
+    assert rewards_by(whole, run) == pytest.approx(ours, abs=1e-5)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -236,9 +291,3 @@ def test_settings_of_another_objective_are_refused() -> None:
         ValueError, match=r"finetuning\.dpo\.label_smoothing is read by sigmoid and robust only, not by"
     ):
         DpoConfig(loss="ipo", label_smoothing=0.1)
-
-
-def test_a_reward_model_with_adapters_is_refused_before_the_queue() -> None:
-    overrides = ["--model.from_scratch", "false", "--model.peft", "true"]
-    with pytest.raises(ConfigError, match="a reward model is trained in full"):
-        read_run_config(PROJECT / "configs/examples/reward.yaml", overrides)

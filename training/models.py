@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -162,11 +162,17 @@ def told_of_full_memory(*, lower: str, key: str) -> Iterator[None]:
         ) from error
 
 
-def load_weights(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_weights(
+    model: ModelConfig,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    auto_model: Any = AutoModelForCausalLM,
+) -> PreTrainedModel:
     """The trained weights; unless told otherwise in float32, and as the base of an adapter in `precision(model)`."""
     dtype = dtype or (precision(model) if model.peft else torch.float32)
     try:
-        network = AutoModelForCausalLM.from_pretrained(
+        network = auto_model.from_pretrained(
             model.name,
             config=config,
             revision=model.revision,

@@ -13,9 +13,9 @@ import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -23,6 +23,7 @@ from transformers.utils.generic import ModelOutput
 
 from mixture.preferences import role_of
 from mixture.shards import TokenRow
+from training.adapters import add_adapter, export_adapter, load_adapter_state
 from training.attention import check_packable, register_varlen_attention
 from training.batches import Batch, PackedDataset, collate, even_shares
 from training.config import ModelConfig, PreferenceConfig
@@ -30,8 +31,11 @@ from training.distributed import Ranks, gather_on_all, sum_over_ranks
 from training.evaluation import autocast, to_device
 from training.export import replacing
 from training.losses import linear_log_probabilities, logit_shape, output_head, supervised_places
-from training.models import load_model_config, where_tried
+from training.models import load_model_config, load_weights, precision
 from training.preference_losses import Answers, losses, scores
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # Tensors are named by shape. S answers, N supervised tokens.
 
@@ -78,13 +82,12 @@ def use_values(model: PreTrainedModel, values: Callable[..., torch.Tensor]) -> N
     model.forward = types.MethodType(forward, model)
 
 
-def build_reward_model(model: ModelConfig, *, seed: int, checkpoint: Path | None = None) -> PreTrainedModel:
-    """The model with one number as its head, read at an answer's last token; float32, on the CPU.
+def build_reward_model(model: ModelConfig, *, seed: int, checkpoint: Path | None = None) -> PreTrainedModel | PeftModel:
+    """The model with one number as its head, read at an answer's last token, on the CPU; with adapters where they are
+    wanted, beside which the head is trained in full.
 
-    As a checkpoint it is a sequence classifier of one label, which transformers loads.
+    All that is trained is float32. As a checkpoint it is a sequence classifier of one label, which transformers loads.
     """
-    if model.peft:
-        raise ValueError("model.peft: a reward model is trained in full; leave model.peft out")
     register_varlen_attention()
     config = load_model_config(model)
     config.num_labels = 1
@@ -94,22 +97,23 @@ def build_reward_model(model: ModelConfig, *, seed: int, checkpoint: Path | None
             config, dtype=torch.float32, attn_implementation=model.attention, trust_remote_code=model.trust_remote_code
         )
     else:
-        name = str(checkpoint) if checkpoint else model.name
-        try:
-            network = AutoModelForSequenceClassification.from_pretrained(
-                name,
-                config=config,
-                revision=None if checkpoint else model.revision,
-                dtype=torch.float32,
-                attn_implementation=model.attention,
-                trust_remote_code=model.trust_remote_code,
-            )
-        except OSError as error:
-            raise ValueError(
-                f"model.name: {name!r} has no weights that can be read. {where_tried(name)}\n{error}"
-            ) from error
+        in_full = checkpoint is not None and not model.peft
+        trained = replace(model, name=str(checkpoint), revision=None, adapters=[]) if in_full else model
+        network = load_weights(trained, config, auto_model=AutoModelForSequenceClassification)
     if model.attention == "varlen":
         check_packable(network)
+    use_rewards(network)
+    if not model.peft:
+        return network
+    network.score.float()
+    adapted = add_adapter(network, model, seed=seed, task="SEQ_CLS")
+    if checkpoint:
+        load_adapter_state(adapted, checkpoint)
+    return adapted
+
+
+def use_rewards(network: PreTrainedModel) -> None:
+    """Has the model's forward return the reward of each answer when it is given labels."""
 
     def values(network: Any, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
         hidden_TH = network.base_model(**inputs, use_cache=False)[0].flatten(0, 1)
@@ -117,16 +121,26 @@ def build_reward_model(model: ModelConfig, *, seed: int, checkpoint: Path | None
         return network.score(hidden_TH.index_select(0, last_S)).squeeze(-1).float()
 
     use_values(network, values)
-    return network
 
 
 def export_reward_model(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, step: int, dtype: torch.dtype
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, step: int, config: ModelConfig
 ) -> None:
-    """Write the model and its tokenizer to `folder`, whole or not at all, as a sequence classifier of one label."""
-    network.config.pad_token_id = tokenizer.pad_token_id  # by it transformers finds the last token
+    """Write the model and its tokenizer to `folder`, whole or not at all, as a sequence classifier of one label.
+
+    An adapter is written with its head as it is, float32; with `merge_adapter` the merged model goes to
+    `folder`/merged. The model given is used up.
+    """
+    model.config.pad_token_id = tokenizer.pad_token_id  # by it transformers finds the last token
     with replacing(folder, step=step) as temporary:
-        network.to(dtype).save_pretrained(temporary)
+        if config.peft:
+            export_adapter(model, temporary, config, step=step)
+            if config.merge_adapter:
+                merged = model.merge_and_unload(safe_merge=True)
+                merged.to(precision(config)).save_pretrained(temporary / "merged")
+                tokenizer.save_pretrained(temporary / "merged")
+        else:
+            model.to(precision(config)).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
 
