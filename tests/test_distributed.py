@@ -24,7 +24,7 @@ from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparationRequest, prepare
 from training.checkpoints import newest_valid
-from training.config import EvaluationConfig, FinetuningConfig, LmEvalConfig, LoraConfig
+from training.config import EvaluationConfig, FinetuningConfig, KtoConfig, LmEvalConfig, LoraConfig
 from training.distributed import Ranks, agree_on_any, failing_together, from_main, join_ranks, tasks_on_node
 from training.ledger import Ledger
 from training.run import FinetuningRun, TrainerRun
@@ -164,12 +164,15 @@ def test_three_ranks_learn_preferences_exactly_and_as_one_rank_does(
     )  # fmt: skip
     prepared = prepare(request, tmp_path, lambda line: None).folder
 
-    def preference_run(name: str, **training: Any) -> FinetuningRun:
+    def preference_run(name: str, config: FinetuningConfig, **training: Any) -> FinetuningRun:
         run = make_run(name, training={"lr": 1e-3, "batch_size": 1, "log_every": 1, **training})
-        return replace(run, module=None, prepared=prepared, finetuning=FinetuningConfig(objective=objective))
+        return replace(run, module=None, prepared=prepared, finetuning=config)
 
-    one_rank = preference_run("one-rank", batch_size=3, epochs_per_job=2)
-    whole, chain = preference_run("whole", epochs_per_job=2), preference_run("chain", total_jobs=2)
+    live = FinetuningConfig(objective=objective)
+    beforehand = replace(live, kto=KtoConfig(precompute_reference=True)) if objective == "kto" else live
+    one_rank = preference_run("one-rank", live, batch_size=3, epochs_per_job=2)
+    whole = preference_run("whole", beforehand, epochs_per_job=2)
+    chain = preference_run("chain", beforehand, total_jobs=2)
     train_all([one_rank])
     on_three_ranks(train_all, [chain, whole])
 

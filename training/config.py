@@ -307,6 +307,10 @@ class DpoConfig:
     sft_weight: float = 0.0
     """Weight of the chosen answer's mean cross entropy beside the loss."""
 
+    precompute_reference: bool = False
+    """Ask the reference about all answers once, before the first block, and keep what it says beside the prepared
+    data: no block then holds or runs a second model."""
+
     def __post_init__(self) -> None:
         problems = []
         if self.beta <= 0:
@@ -319,6 +323,8 @@ class DpoConfig:
             problems.append(f"finetuning.dpo.gamma is read by simpo only, not by {self.loss}")
         if self.sft_weight < 0:
             problems.append(f"finetuning.dpo.sft_weight must not be negative, got {self.sft_weight}")
+        if self.precompute_reference and not self.has_reference:
+            problems.append("finetuning.dpo.precompute_reference: simpo has no reference; leave it out")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -341,6 +347,9 @@ class KtoConfig:
     undesirable_weight: float = 1.0
     """Weight of the loss of undesirable answers."""
 
+    precompute_reference: bool = False
+    """As `finetuning.dpo.precompute_reference`."""
+
     has_reference = True
 
     def __post_init__(self) -> None:
@@ -362,6 +371,7 @@ class OrpoConfig:
     """Weight of the odds ratio beside the chosen answer's cross entropy."""
 
     has_reference = False
+    precompute_reference = False
 
     def __post_init__(self) -> None:
         if self.odds_weight <= 0:
@@ -379,6 +389,7 @@ class RewardConfig:
     """Weight of the squared sum of a pair's rewards, which keeps rewards around 0."""
 
     has_reference = False
+    precompute_reference = False
 
     def __post_init__(self) -> None:
         if self.margin < 0:

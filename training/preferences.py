@@ -5,6 +5,7 @@ A batch is that of training/batches.py over the rows of its answers, S of them, 
     answer_tokens   list[int]        supervised tokens of each answer
     desirable       bool [S]         whether it is chosen or desirable; chosen and rejected ones alternate
     mismatched      Batch | absent   KTO: the same prompts with other answers, with `answer_tokens` of their own
+    reference       float32 [S]      what the reference says of them; absent where it is asked as training goes
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 ANSWER_TOKENS = "answer_tokens"
 DESIRABLE = "desirable"
 MISMATCHED = "mismatched"
+REFERENCE = "reference"
+
+NOT_FOR_MODELS = (ANSWER_TOKENS, DESIRABLE, MISMATCHED, REFERENCE)
 
 ALL = "all"
 
@@ -147,18 +151,40 @@ def export_reward_model(
 # --- batches
 
 
+@dataclass(frozen=True, slots=True)
+class ReferencedRow(TokenRow):
+    """One tokenised answer."""
+
+    reference: float
+    """Its log-probability under the reference, in nats."""
+
+    @classmethod
+    def of(cls, row: TokenRow, reference: float) -> ReferencedRow:
+        """A row with what the reference says of it."""
+        return cls(row.sample_id, row.input_ids, row.loss_mask, row.source, reference)
+
+
 @dataclass(frozen=True)
 class PreferenceCollate:
     """Packs of answers to their batch; picklable, since it may run in the data loader's processes."""
+
+    has_reference: bool = False
+    """Whether rows come as ReferencedRow."""
 
     def __call__(self, packs: Sequence[list[Any]]) -> Batch:
         rows: list[TokenRow] = [row for pack in packs for row in pack]
         answers = [row for row in rows if role_of(row) != MISMATCHED]
         mismatched = [row for row in rows if role_of(row) == MISMATCHED]
-        batch = answers_batch(answers)
+        batch = self.answers_batch(answers)
         batch[DESIRABLE] = torch.tensor([role_of(row) in ("chosen", "desirable") for row in answers], dtype=torch.bool)
         if mismatched:
-            batch[MISMATCHED] = answers_batch(mismatched)
+            batch[MISMATCHED] = self.answers_batch(mismatched)
+        return batch
+
+    def answers_batch(self, rows: list[TokenRow]) -> Batch:
+        batch = answers_batch(rows)
+        if self.has_reference:
+            batch[REFERENCE] = torch.tensor([row.reference for row in rows], dtype=torch.float32)  # type: ignore[attr-defined]
         return batch
 
 
@@ -200,7 +226,7 @@ def evaluating(network: torch.nn.Module) -> Iterator[None]:
 def values_of_answers(network: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The summed log-probability of each answer, [S], or its reward."""
     tokens: list[int] = batch[ANSWER_TOKENS]
-    inputs = {name: value for name, value in batch.items() if name not in (ANSWER_TOKENS, DESIRABLE, MISMATCHED)}
+    inputs = {name: value for name, value in batch.items() if name not in NOT_FOR_MODELS}
     values: torch.Tensor = network(**inputs).values
     if not tokens:  # a batch of no answers: nothing, but with a graph, so that all ranks do the same
         return values.sum() * torch.zeros(0, device=values.device)
@@ -215,6 +241,8 @@ class PreferenceLoss:
 
     config: PreferenceConfig
     reference: Reference | None
+    """To be asked about every batch; None where there is none, or where batches hold what it says."""
+
     policy: torch.nn.Module
     """The model itself, not what wraps it for training on several processes."""
 
@@ -252,7 +280,7 @@ class PreferenceLoss:
     def answers(self, model: torch.nn.Module, batch: Batch) -> Answers:
         """What policy and reference say of a batch."""
         policy_S = values_of_answers(model, batch)
-        reference_S = None
+        reference_S = batch[REFERENCE].to(policy_S) if REFERENCE in batch else None
         if self.reference is not None:
             with torch.no_grad(), self.reference.network() as network:
                 reference_S = values_of_answers(network, batch)
@@ -294,7 +322,7 @@ class ScoredAnswer:
 
 
 def held_out_preferences(
-    loss: PreferenceLoss, rows: PackedDataset, *, batch_size: int, ranks: Ranks
+    loss: PreferenceLoss, rows: PackedDataset, to_batch: PreferenceCollate, *, batch_size: int, ranks: Ranks
 ) -> dict[str, dict[str, float]]:
     """`loss`, `accuracy`, `margin` and `count` over all of `rows`, and of each source; the same on every process.
 
@@ -303,7 +331,6 @@ def held_out_preferences(
     device = next(loss.policy.parameters()).device
     mine: list[list[ScoredAnswer]] = []
     mismatched: list[Batch] = []
-    to_batch = PreferenceCollate()
     with torch.no_grad(), autocast(device, loss.precision), evaluating(loss.policy):
         for share in even_shares(len(rows), batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size):
             packs = [rows[index] for index in share]
