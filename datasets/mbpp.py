@@ -1,7 +1,7 @@
 """MBPP: about a thousand entry-level Python tasks, each with a solution and tests.
 
 The test split is a benchmark: training on it makes published scores meaningless. Greedy answers are run with the tests
-of their tasks, in a sandbox; `unprotected_code: true` runs them also where the machine cannot protect itself.
+of their tasks, in a sandbox.
 """
 
 from mixture.hub import HubRows, HubSource
@@ -43,9 +43,8 @@ SCORE_NAME = "pass@1"
 SCORE_IN_THREADS = True
 
 
-def score(prediction, row, dataset_config=None):
+def score(prediction, row, unprotected=False):
     """1.0 where the prediction's code passes all tests of the task, else 0.0."""
-    unprotected = bool(dataset_config and dataset_config.get("unprotected_code"))
     return float(run_tests(code_of(prediction), tests_of(row), unprotected=unprotected).passed)
 
 

@@ -134,6 +134,8 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
         for key in unread_module_keys(config.dataset, module):
             message = f"dataset.{key}: nothing in {module.path} reads this key; correct or remove it"
             problems.append(Problem(tree.place(("dataset", key)), message))
+    if config.evaluation.unprotected_code and (module is not None or mixture is not None):
+        collect("evaluation.unprotected_code", require_code_score, module)
     if distillation is not None:
         model = replace(config.model, name=name or config.model.name, tokenizer=tokenizer)
         check_distillation(replace(config, model=model, distillation=distillation), collect)
@@ -260,6 +262,13 @@ def unread_module_keys(dataset: DatasetConfig, module: ModuleFile) -> list[str]:
     if "asdict" in text:
         return []
     return [key for key in dataset.module_keys if not re.search(rf"\b{re.escape(key)}\b", text)]
+
+
+def require_code_score(module: ModuleFile | None) -> None:
+    """Raise ValueError where no module runs code to score answers, as far as its text tells."""
+    if module is None or not re.search(r"\bunprotected\b", module.path.read_text(encoding="utf-8")):
+        what = "a mixture scores no answers" if module is None else f"nothing in {module.path} runs code of a model"
+        raise ValueError(f"{what}; remove the key")
 
 
 def find_model(name: str, revision: str | None, config_folder: Path, needed_file: str = "config.json") -> str:

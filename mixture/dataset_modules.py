@@ -243,13 +243,16 @@ def score_function(file: ModuleFile) -> Callable[[str, Row], float] | None:
     return function
 
 
-def module_score(file: ModuleFile, config: DatasetConfig) -> ModuleScore | None:
-    """The module's `score(prediction, row[, dataset_config])`, with what the module says of it, or None without one."""
+def module_score(file: ModuleFile, *, unprotected: bool) -> ModuleScore | None:
+    """The module's `score(prediction, row)`, with what the module says of it, or None without one.
+
+    One that runs code takes `unprotected` too: whether to do so where the machine cannot protect itself.
+    """
     function = score_function(file)
     if function is None:
         return None
-    if "dataset_config" in inspect.signature(function).parameters:
-        function = partial(function, **{"dataset_config": module_config(config)})
+    if "unprotected" in inspect.signature(function).parameters:
+        function = partial(function, **{"unprotected": unprotected})
     module = load_module(file.path)
     name = getattr(module, SCORE_NAME, ModuleScore.name)
     if not isinstance(name, str) or not name or name in OTHER_SCORES:

@@ -134,7 +134,7 @@ def require_protection() -> None:
         raise ValueError(
             "answers of a model are programs that nobody has read, and this machine cannot protect itself from them. "
             f"It lacks {' and '.join(missing)}. Evaluate on another machine, set evaluation.limit: 0, or set "
-            "dataset.unprotected_code: true to run them with what protection there is"
+            "evaluation.unprotected_code: true to run them with what protection there is"
         )
 
 

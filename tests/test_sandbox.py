@@ -231,7 +231,7 @@ def test_where_landlock_is_missing_nothing_runs_unless_that_is_allowed() -> None
     found = subprocess.run([sys.executable, "-c", WITHOUT_LANDLOCK], cwd=PROJECT, capture_output=True, text=True)
     refused, allowed = found.stdout.splitlines()
     assert "It lacks Landlock, of Linux 5.13 or newer and switched on (Function not implemented)." in refused
-    assert "dataset.unprotected_code: true" in refused
+    assert "evaluation.unprotected_code: true" in refused
     assert allowed == "passed failed", found.stderr
 
 

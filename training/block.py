@@ -251,8 +251,10 @@ def scored_answers(
     # Preparation keeps the questions of the test split where the module scores answers and its rows hold questions.
     questions_file = open_prepared(run).folder / "test_rows.jsonl"
     has_questions = run.evaluation.limit and questions_file.exists()
-    score = module_score(run.module, run.dataset) if run.module and has_questions else None
-    if not score:
+    if run.module is None or not has_questions:
+        return None
+    score = module_score(run.module, unprotected=run.evaluation.unprotected_code)
+    if score is None:
         return None
     return generation_score(
         model.to(precision(run.model)),

@@ -496,6 +496,9 @@ class EvaluationConfig:
     batch_size: int | None = None
     """Rows per evaluation batch. Unset: `training.batch_size`."""
 
+    unprotected_code: bool = False
+    """Run answers that are code also on a machine that cannot protect itself from them, with what protection it has."""
+
     lm_eval: LmEvalConfig | None = None
     """Tasks of lm-evaluation-harness to score the model on."""
 
