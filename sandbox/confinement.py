@@ -22,6 +22,9 @@ from typing import Any
 READY = b"ready\n"
 """What the parent is told once all is given up, before the program runs."""
 
+LACKS = b"lacks "
+"""What the parent is told, with what that is, where not all can be given up and the program does not run."""
+
 MAX_OPEN_FILES = 64
 
 
@@ -45,7 +48,7 @@ def limit_resources(*, cpu_s: int, memory_bytes: int, file_bytes: int) -> None:
 
 # -------------------------------------------------------------------------------------------------- calls of the kernel
 
-PR_SET_PDEATHSIG, PR_GET_SECCOMP, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 21, 22, 38
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 SIGKILL = 9
 
 
@@ -63,33 +66,39 @@ def libc() -> ctypes.CDLL:
     return library
 
 
-def missing_protection() -> list[str]:
-    """What this machine lacks to confine a process; nothing where all is there."""
-    return [lack for lack in (lack_of_landlock(), lack_of_seccomp()) if lack]
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
-def lack_of_landlock() -> str | None:
-    """Why files cannot be protected, if they cannot."""
+def confine_files(own_folder: str) -> None:
+    """Leave this process only the files of Python to read, and of all only its own folder to change.
+
+    OSError where the kernel offers no way to do so.
+    """
+    readable = [*files_of_python(), "/dev/urandom"]
+    changeable = [os.devnull, "/dev/zero", own_folder]
     try:
         landlock_version()
-    except OSError as error:
-        return f"Landlock, of Linux 5.13 or newer and switched on ({error.strerror})"
-    return None
+    except OSError as landlock:
+        try:
+            confine_by_mounts(readable, changeable, own_folder)
+        except OSError as mounts:
+            raise OSError(
+                f"Landlock, of Linux 5.13 or newer and switched on ({landlock.strerror}), or mounts of one's own in a "
+                f"user namespace ({mounts.strerror})"
+            ) from mounts
+        return
+    confine_by_landlock(readable, changeable)
 
 
-def lack_of_seccomp() -> str | None:
-    """Why the network and other processes cannot be protected, if they cannot."""
-    if platform.machine() not in MACHINES:
-        return f"a table of system calls for {platform.machine()} (there is one for {', '.join(MACHINES)})"
-    try:
-        kernel(libc().prctl, PR_GET_SECCOMP, 0, 0, 0, 0)
-    except OSError as error:
-        return f"seccomp filters ({error.strerror})"
-    return None
+def files_of_python() -> list[str]:
+    """What a Python program reads: the standard library, installed packages, shared libraries, time zones."""
+    folders = [sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    folders += [str(Path(sys.base_prefix) / "lib"), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
+    folders += os.environ.get("LD_LIBRARY_PATH", "").split(":")
+    return [path for path in (*folders, "/etc/ld.so.cache", "/etc/localtime") if path and Path(path).exists()]
 
 
-# ----------------------------------------------------------------------------------------- files: Landlock, landlock(7)
-
+# By Landlock, landlock(7).
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the same on all machines
 GET_VERSION, PATH_BENEATH = 1, 1
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REGULAR = 1, 1 << 1, 1 << 2, 1 << 3, 1 << 5, 1 << 8
@@ -103,35 +112,85 @@ def landlock_version() -> int:
     return kernel(libc().syscall, CREATE_RULESET, None, 0, GET_VERSION)
 
 
-def confine_files(*, readable: Iterable[str], device_files: Iterable[str], own_folder: str) -> None:
-    """Leave this process only these files and folders to read, and of all only its own folder to change."""
-    version = landlock_version()
-    handled = (1 << RIGHTS_OF_VERSION[min(version, max(RIGHTS_OF_VERSION))]) - 1
+def confine_by_landlock(readable: Iterable[str], changeable: Iterable[str]) -> None:
+    """Take all rights of this process that Landlock knows but those to these files."""
+    handled = (1 << RIGHTS_OF_VERSION[min(landlock_version(), max(RIGHTS_OF_VERSION))]) - 1
     library = libc()
     attributes = ctypes.create_string_buffer(struct.pack("=Q", handled), 8)
     ruleset = kernel(library.syscall, CREATE_RULESET, attributes, 8, 0)
-
-    def allow(path: str, rights: int) -> None:
-        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        rule = ctypes.create_string_buffer(struct.pack("=Qi", rights & handled, place), 12)
-        kernel(library.syscall, ADD_RULE, ruleset, PATH_BENEATH, rule, 0)
-        os.close(place)
-
-    for path in readable:
-        allow(path, READ_FILE | READ_DIR if Path(path).is_dir() else READ_FILE)
-    for path in device_files:
-        allow(path, READ_FILE | WRITE_FILE | TRUNCATE)
-    allow(own_folder, READ_FILE | READ_DIR | WRITE_FILE | TRUNCATE | REMOVE_FILE | MAKE_REGULAR)
+    of_files = READ_FILE | WRITE_FILE | TRUNCATE
+    for paths, rights in (
+        (readable, READ_FILE | READ_DIR),
+        (changeable, of_files | READ_DIR | REMOVE_FILE | MAKE_REGULAR),
+    ):
+        for path in paths:
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            allowed = rights & handled if Path(path).is_dir() else rights & handled & of_files
+            rule = ctypes.create_string_buffer(struct.pack("=Qi", allowed, place), 12)
+            kernel(library.syscall, ADD_RULE, ruleset, PATH_BENEATH, rule, 0)
+            os.close(place)
     kernel(library.syscall, RESTRICT_SELF, ruleset, 0)
     os.close(ruleset)
 
 
-def files_of_python() -> list[str]:
-    """What a Python program reads: the standard library, installed packages, shared libraries, time zones."""
-    folders = [sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    folders += [str(Path(sys.base_prefix) / "lib"), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
-    folders += os.environ.get("LD_LIBRARY_PATH", "").split(":")
-    return [path for path in (*folders, "/etc/ld.so.cache", "/etc/localtime") if path and Path(path).exists()]
+# By mounts of one's own, user_namespaces(7), mount(2).
+NEW_USERS, NEW_MOUNTS = 0x10000000, 0x00020000
+READ_ONLY, NO_SET_ID, NO_DEVICES, REMOUNT, BIND, WITH_MOUNTS_BELOW, PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+KEPT_FLAGS = {2: 2, 4: 4, 8: 8, 1024: 1024, 2048: 2048, 4096: 1 << 21}
+"""What statvfs(3) tells of a mount, as mount(2) wants to be told: an own mount may not take these off."""
+
+DETACH = 2
+
+
+def confine_by_mounts(readable: Sequence[str], changeable: Sequence[str], own_folder: str) -> None:
+    """Put this process into a file system that holds nothing but these files."""
+    library = libc()
+    user, group = os.getuid(), os.getgid()
+    kernel(library.unshare, NEW_USERS | NEW_MOUNTS)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        Path(f"/proc/self/{name}").write_text(text)
+
+    def mount(source: str | None, target: str, flags: int, kind: str | None = None) -> None:
+        names = (None if one is None else os.fsencode(one) for one in (source, target, kind))
+        source_name, target_name, kind_name = names
+        kernel(library.mount, source_name, target_name, kind_name, flags, None)
+
+    mount(None, "/", PRIVATE | WITH_MOUNTS_BELOW)
+    root = f"{own_folder}/root"
+    Path(root).mkdir()
+    mount("none", root, NO_SET_ID | NO_DEVICES, "tmpfs")
+    for path in (*not_below_another([*readable, *map(os.path.realpath, readable)]), *changeable):
+        place = Path(root + path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if Path(path).is_dir():
+            place.mkdir(exist_ok=True)
+        else:
+            place.touch()
+        mount(path, str(place), BIND if path == own_folder else BIND | WITH_MOUNTS_BELOW)
+    for target in mounts_below(root):
+        if target.removeprefix(root) not in changeable:
+            kept = sum(wanted for told, wanted in KEPT_FLAGS.items() if os.statvfs(target).f_flag & told)
+            mount(None, target, REMOUNT | BIND | READ_ONLY | kept)
+    os.chdir(root)
+    kernel(library.syscall, MACHINES[platform.machine()].pivot_root, b".", b".")
+    kernel(library.umount2, b".", DETACH)
+    os.chdir(own_folder)
+    Path(root).rmdir()
+
+
+def not_below_another(paths: Iterable[str]) -> list[str]:
+    """The paths without those that another one holds."""
+    chosen: list[str] = []
+    for path in sorted({os.path.normpath(path) for path in paths}):
+        if not any(path.startswith(f"{other}/") for other in chosen):
+            chosen.append(path)
+    return chosen
+
+
+def mounts_below(root: str) -> list[str]:
+    """The mounts at a folder and below it."""
+    targets = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return [target for target in targets if target == root or target.startswith(f"{root}/")]
 
 
 # ------------------------------------------------------------------------------------ system calls: seccomp, seccomp(2)
@@ -139,13 +198,14 @@ def files_of_python() -> list[str]:
 
 @dataclass(frozen=True)
 class Machine:
-    """How a kind of processor names itself to seccomp, and its column in SYSTEM_CALLS."""
+    """How a kind of processor names itself to seccomp, its column in SYSTEM_CALLS, and one more system call."""
 
     architecture: int
     column: int
+    pivot_root: int
 
 
-MACHINES = {"x86_64": Machine(0xC000003E, 0), "aarch64": Machine(0xC00000B7, 1)}
+MACHINES = {"x86_64": Machine(0xC000003E, 0, 155), "aarch64": Machine(0xC00000B7, 1, 41)}
 
 SYSTEM_CALLS = """
 read 0 63                  write 1 64                 close 3 57                 fstat 5 80
@@ -225,7 +285,12 @@ def conditions() -> dict[str, Condition]:
 
 
 def confine_system_calls() -> None:
-    """Leave this process only SYSTEM_CALLS; all others answer as on a kernel that lacks them."""
+    """Leave this process only SYSTEM_CALLS; all others answer as on a kernel that lacks them.
+
+    OSError where that cannot be had.
+    """
+    if platform.machine() not in MACHINES:
+        raise OSError(f"a list of system calls for {platform.machine()} (there are {', '.join(MACHINES)})")
     program = b"".join(filter_instructions(MACHINES[platform.machine()], conditions()))
     code = ctypes.create_string_buffer(program, len(program))
     header = ctypes.create_string_buffer(struct.pack("HP", len(program) // 8, ctypes.addressof(code)))
@@ -282,7 +347,10 @@ def main(arguments: Sequence[str]) -> None:
     if os.getppid() != task["parent"]:
         return
     kernel(libc().prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    give_up(task)
+    lacks = give_up(task)
+    if lacks and not task["unprotected"]:
+        os.write(answers, LACKS + " and ".join(lacks).encode())
+        return
     os.write(answers, READY)
     for name in ("program", "tests"):
         exec(compile(task[name], f"<{name}>", "exec"), task.setdefault("namespace", {"__name__": "program"}))
@@ -291,17 +359,19 @@ def main(arguments: Sequence[str]) -> None:
     os._exit(0)  # what the program left to be done at its end is not wanted
 
 
-def give_up(task: dict[str, Any]) -> None:
-    """Everything, or what this machine can protect where the user allowed that some is missing."""
+def give_up(task: dict[str, Any]) -> list[str]:
+    """Give up all that can be; returns what this machine lacks to give up more."""
     limit_resources(cpu_s=task["cpu_s"], memory_bytes=task["memory_bytes"], file_bytes=task["folder_bytes"])
-    if not (task["unprotected"] and lack_of_landlock()):
-        confine_files(
-            readable=[*files_of_python(), "/dev/urandom"],
-            device_files=[os.devnull, "/dev/zero"],
-            own_folder=os.getcwd(),  # noqa: PTH109
-        )
-    if not (task["unprotected"] and lack_of_seccomp()):
+    lacks = []
+    try:
+        confine_files(os.getcwd())  # noqa: PTH109
+    except OSError as error:
+        lacks.append(str(error))
+    try:
         confine_system_calls()
+    except OSError as error:
+        lacks.append(f"seccomp filters ({error.strerror})" if error.strerror else str(error))
+    return lacks
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import IO, Literal
 
 from sandbox import confinement
-from sandbox.confinement import READY, missing_protection
+from sandbox.confinement import LACKS, READY
 
 START_S = 120.0
 """For the interpreter to start, which on a busy shared file system takes long; the program's own time comes after."""
 
 POLL_S = 0.05
+MAX_ANSWER_BYTES = 4096
 
 Outcome = Literal["passed", "failed", "out of time", "too much output", "too many bytes in files"]
 
@@ -72,8 +73,9 @@ def run_tests(program: str, tests: str, *, limits: Limits = USUAL, unprotected: 
 
     The process can:
 
-    - read the standard library and installed packages, shared libraries, time zones, and see names and sizes of files;
-    - change a fresh folder, which is removed afterwards: files, no folders in it (Landlock, Linux 5.13);
+    - read the standard library and installed packages, shared libraries and time zones, and change the files of a fresh
+      folder, which is removed afterwards (Landlock, of Linux 5.13, by which names and sizes of other files can still be
+      seen; where there is none, a file system of its own in a user namespace);
     - start threads; no processes, no programs, no sockets of any kind, so no asyncio either; send signals to nobody but
       itself (a seccomp filter that knows the system calls that are allowed);
     - use memory, processor time, files and output as `limits` say.
@@ -84,8 +86,6 @@ def run_tests(program: str, tests: str, *, limits: Limits = USUAL, unprotected: 
         ValueError: this machine cannot protect itself so. With `unprotected`, the program runs with what protection
             there is.
     """
-    if not unprotected:
-        require_protection()
     nonce = secrets.token_hex(16)
     task = {
         "program": program,
@@ -123,19 +123,29 @@ def run_tests(program: str, tests: str, *, limits: Limits = USUAL, unprotected: 
                     outcome = watched.until_it_ends(nonce.encode())
                 finally:
                     kill_group(process)
+        if watched.answer.startswith(LACKS):
+            raise ValueError(refusal(watched.answer.removeprefix(LACKS).decode()))
         if not watched.answer.startswith(READY):
             raise RuntimeError(f"no program could be run in the sandbox: {watched.text()}")
         return TestRun(outcome, watched.text())
 
 
-def require_protection() -> None:
-    """Raise ValueError where this machine cannot run a program that nobody has read."""
-    if missing := missing_protection():
-        raise ValueError(
-            "answers of a model are programs that nobody has read, and this machine cannot protect itself from them. "
-            f"It lacks {' and '.join(missing)}. Evaluate on another machine, set evaluation.limit: 0, or set "
-            "evaluation.unprotected_code: true to run them with what protection there is"
-        )
+def refusal(lacks: str) -> str:
+    """What the user is told where the machine cannot protect itself."""
+    return (
+        "answers of a model are programs that nobody has read, and this machine cannot protect itself from them: it "
+        f"lacks {lacks}. Evaluate on another machine, set evaluation.limit: 0, or set evaluation.unprotected_code: "
+        "true to run them with what protection there is"
+    )
+
+
+def missing_protection() -> str | None:
+    """Why this machine cannot run a program that nobody has read; None where it can."""
+    try:
+        run_tests("", "")
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def environment(folder: str) -> dict[str, str]:
@@ -172,7 +182,7 @@ class Watched:
                         selector.unregister(key.fileobj)
                 if not has_started and self.answer:
                     deadline = time.monotonic() + self.limits.time_s
-                if len(self.output) > self.limits.output_bytes or len(self.answer) > len(READY + nonce):
+                if len(self.output) > self.limits.output_bytes or len(self.answer) > MAX_ANSWER_BYTES:
                     return "too much output"
                 if bytes_in(self.folder) > self.limits.folder_bytes:
                     return "too many bytes in files"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -12,16 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.confinement import missing_protection
-from sandbox.python import Limits, TestRun, code_of, run_tests
+from sandbox.confinement import CREATE_RULESET
+from sandbox.python import Limits, TestRun, code_of, missing_protection, run_tests
 
 PROJECT = Path(__file__).parent.parent
 SHORT = Limits(time_s=1.0, memory_bytes=256 << 20, folder_bytes=1 << 20)
 
-needs_protection = pytest.mark.skipif(
-    bool(missing_protection()), reason=f"no sandbox here: this machine lacks {', '.join(missing_protection())}"
-)
-pytestmark = needs_protection
+MISSING = missing_protection()
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no sandbox here: {MISSING}")
 
 
 def run(program: str, tests: str = "") -> TestRun:
@@ -207,32 +207,59 @@ def asleep(pid: int) -> bool:
 # --- machines that cannot
 
 
-WITHOUT_LANDLOCK = """
-import ctypes, struct
+WITHOUT_CALLS = """
+import ctypes, json, struct, sys
 from sandbox.confinement import *
-code = b"".join([instruction(LOAD, NUMBER_AT), instruction(EQUAL, CREATE_RULESET, skip_if_false=1),
-                 instruction(RETURN, ENOSYS), instruction(RETURN, ALLOW)])
+numbers, runs = json.loads(sys.argv[1])
+code = b"".join([instruction(LOAD, NUMBER_AT), *(part for number in numbers for part in (
+    instruction(EQUAL, number, skip_if_false=1), instruction(RETURN, ENOSYS))), instruction(RETURN, ALLOW)])
 buffer = ctypes.create_string_buffer(code, len(code))
 header = ctypes.create_string_buffer(struct.pack("HP", len(code) // 8, ctypes.addressof(buffer)))
 kernel(libc().prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 kernel(libc().prctl, PR_SET_SECCOMP, 2, ctypes.addressof(header), 0, 0)
 
 from sandbox.python import run_tests
-try:
-    run_tests("", "")
-except ValueError as error:
-    print(error)
-reads = "open('/etc/passwd').read()"
-print(run_tests(reads, "", unprotected=True).outcome, run_tests("import os; os.fork()", "", unprotected=True).outcome)
+for program, unprotected in runs:
+    try:
+        found = run_tests(program, "", unprotected=unprotected)
+        print(found.outcome, (found.output.splitlines() or [""])[-1])
+    except ValueError as error:
+        print(error)
 """
+UNSHARE = {"x86_64": 272, "aarch64": 97}[platform.machine()]
 
 
-def test_where_landlock_is_missing_nothing_runs_unless_that_is_allowed() -> None:
-    found = subprocess.run([sys.executable, "-c", WITHOUT_LANDLOCK], cwd=PROJECT, capture_output=True, text=True)
-    refused, allowed = found.stdout.splitlines()
-    assert "It lacks Landlock, of Linux 5.13 or newer and switched on (Function not implemented)." in refused
+def runs_without(calls: list[int], *runs: tuple[str, bool]) -> list[str]:
+    """What becomes of programs, each allowed to be unprotected or not, on a kernel without these system calls."""
+    command = [sys.executable, "-c", WITHOUT_CALLS, json.dumps([calls, runs])]
+    found = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    return found.stdout.splitlines()
+
+
+READS, FORKS = "open('/etc/passwd').read()", "import os; os.fork()"
+
+
+def test_where_landlock_is_missing_files_are_protected_by_mounts(tmp_path: Path) -> None:
+    ours = tmp_path / "ours"
+    ours.write_text("kept")
+    works = "import numpy, zoneinfo, hashlib, os; open('a', 'w').write('b'); assert os.listdir() == ['a'], os.listdir()"
+    changes = [f"open({str(ours)!r}, 'w')", "import os; open(os.__file__, 'a')", "open('/new', 'w')"]
+    found = runs_without([CREATE_RULESET], *((program, False) for program in (works, READS, FORKS, *changes)))
+    if "user namespace" in found[0]:
+        pytest.skip(f"no mounts of one's own here either: {found[0]}")
+    assert found[0] == "passed "
+    assert found[1].startswith("failed FileNotFoundError") and found[2].startswith("failed OSError: [Errno 38]")
+    assert found[3].startswith("failed FileNotFoundError")
+    assert found[4].startswith("failed OSError: [Errno 30] Read-only file system") and "Errno 30" in found[5]
+    assert ours.read_text() == "kept"
+
+
+def test_where_files_cannot_be_protected_nothing_runs_unless_that_is_allowed() -> None:
+    refused, reads, forks = runs_without([CREATE_RULESET, UNSHARE], (READS, False), (READS, True), (FORKS, True))
+    assert "it lacks Landlock, of Linux 5.13 or newer and switched on (Function not implemented), or mounts" in refused
     assert "evaluation.unprotected_code: true" in refused
-    assert allowed == "passed failed", found.stderr
+    assert reads == "passed " and forks.startswith("failed OSError")
 
 
 # --- code in answers

@@ -15,7 +15,7 @@ from mixture.dataset_modules import check_module, load_module, load_rows, resolv
 from mixture.formats import FORMAT_NAMES, canonical_row, detect_format
 from mixture.hub import HubRows, HubSource, absolute_data_files
 from mixture.inspection import list_datasets
-from sandbox.confinement import missing_protection
+from sandbox.python import missing_protection
 
 PROJECT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (PROJECT / "datasets").glob("*.py"))
@@ -247,6 +247,7 @@ def test_gsm8k_tells_negative_numbers_apart():
     assert module.score("#### 5", {"answer": "#### -5"}) == 0.0
 
 
+NO_SANDBOX = missing_protection()
 MBPP = {
     "text": "Add two lists.",
     "code": "def add(a, b):\r\n  return a + b",
@@ -255,7 +256,7 @@ MBPP = {
 }
 
 
-@pytest.mark.skipif(bool(missing_protection()), reason=f"no sandbox here, for lack of {missing_protection()}")
+@pytest.mark.skipif(NO_SANDBOX is not None, reason=f"no sandbox here: {NO_SANDBOX}")
 @pytest.mark.parametrize(
     ("prediction", "score"),
     [
@@ -301,7 +302,7 @@ def test_the_original_files_load_in_full(name):
     if name == "gsm8k":
         module = load_module(PROJECT / "datasets" / "gsm8k.py")
         assert all(module.score(row["answer"], row) == 1.0 for row in found["train"] + found["test"])
-    if name == "mbpp" and not missing_protection():
+    if name == "mbpp" and not NO_SANDBOX:
         module = load_module(PROJECT / "datasets" / "mbpp.py")
         assert all(module.score(row["code"], row) == 1.0 for row in found["test"][:40])
 
