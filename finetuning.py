@@ -17,6 +17,7 @@ from training.block import (
     device_of_process,
     export_folder,
     export_trained,
+    harness_scores,
     held_out_scores,
     make_trainer,
     open_prepared,
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from training.preferences import PreferenceLoss
+    from training.batches import PackedDataset
+    from training.preferences import PreferenceCollate, PreferenceLoss, Reference
     from training.trainer import BlockTrainer
 
 
@@ -49,27 +51,32 @@ def train(run: FinetuningRun) -> BlockResult:
 
 
 def build_trainer(run: FinetuningRun, start: BlockStart) -> BlockTrainer:
+    if run.finetuning.preference is not None:
+        return build_preference_trainer(run, start)
     model = build_model(run, start.checkpoint)
-    if run.finetuning.preference is None:
-        return make_trainer(
-            run,
-            start,
-            model=model,
-            rows=build_data(run, "train"),
-            compute_loss=compute_loss,
-            objective=run.finetuning.objective,
-        )
-    from training.preferences import PreferenceCollate
-
-    loss = preference_loss(run, model)
     return make_trainer(
         run,
         start,
         model=model,
         rows=build_data(run, "train"),
+        compute_loss=compute_loss,
+        objective=run.finetuning.objective,
+    )
+
+
+def build_preference_trainer(run: FinetuningRun, start: BlockStart) -> BlockTrainer:
+    # The rows come first: the reference that may have to be asked about them is gone before the policy is there.
+    rows, collate = preference_data(run, "train", start.ranks)
+    model = build_model(run, start.checkpoint)
+    loss = preference_loss(run, model)
+    return make_trainer(
+        run,
+        start,
+        model=model,
+        rows=rows,
         compute_loss=loss,
         objective=objective(run),
-        collate=PreferenceCollate(),
+        collate=collate,
         extra_metrics=loss.take,
         begin_step=loss.begin_step,
     )
@@ -129,12 +136,45 @@ def preference_loss(run: FinetuningRun, model: torch.nn.Module) -> PreferenceLos
     config = run.finetuning.preference
     assert config is not None
     reference = None
-    if config.has_reference:
-        frozen = None
-        if not is_adapter(model):
-            frozen = build_model(run, None).requires_grad_(False).eval().to(device_of_process(), precision(run.model))
-        reference = Reference(frozen, model)
+    if config.has_reference and not config.precompute_reference:
+        reference = Reference(None, model) if is_adapter(model) else first_reference(run)
     return PreferenceLoss(config, reference, model, precision(run.model))
+
+
+def first_reference(run: FinetuningRun) -> Reference:
+    """The model as the chain begins with it, frozen, on the device of this process."""
+    from training.adapters import is_adapter
+    from training.models import precision
+    from training.preferences import Reference
+
+    model = build_model(run, None).requires_grad_(False).eval().to(device_of_process())
+    return Reference(None, model) if is_adapter(model) else Reference(model.to(precision(run.model)), model)
+
+
+def preference_data(run: FinetuningRun, split: str, ranks: Ranks) -> tuple[PackedDataset, PreferenceCollate]:
+    """The packs of a split and what makes batches of them. Where the reference is asked beforehand, its values are
+    with them, computed now if they were not yet."""
+    from training.preferences import PreferenceCollate
+
+    assert run.finetuning.preference is not None
+    rows = build_data(run, split)
+    if not run.finetuning.preference.precompute_reference:
+        return rows, PreferenceCollate()
+    from training.models import precision
+    from training.reference import ReferencedPacks, compute_reference, reference_folder
+
+    prepared = open_prepared(run)
+    folder = reference_folder(run.prepared, run.model, fingerprint=prepared.fingerprint, seed=run.seed)
+    compute_reference(
+        {name: build_data(run, name) for name, stats in prepared.splits.items() if stats},
+        folder,
+        run.folder.path / folder.name,
+        lambda: (first_reference(run), device_of_process()),
+        model_precision=precision(run.model),
+        batch_size=run.training.batch_size,
+        ranks=ranks,
+    )
+    return ReferencedPacks(rows, folder, split), PreferenceCollate(has_reference=True)
 
 
 def export(run: FinetuningRun, end: Checkpoint) -> None:
@@ -143,10 +183,9 @@ def export(run: FinetuningRun, end: Checkpoint) -> None:
     if run.finetuning.objective != "reward":
         export_trained(run, model, build_tokenizer(run), end)
         return
-    from training.models import precision
     from training.preferences import export_reward_model
 
-    export_reward_model(model, build_tokenizer(run), export_folder(run), step=end.step, dtype=precision(run.model))
+    export_reward_model(model, build_tokenizer(run), export_folder(run), step=end.step, config=run.model)
 
 
 # --- scores
@@ -165,9 +204,11 @@ def block_scores(run: FinetuningRun, trainer: BlockTrainer) -> dict[str, float]:
 def held_out_preferences(run: FinetuningRun, loss: Any, ranks: Ranks) -> dict[str, dict[str, float]]:
     from training import preferences
 
+    rows, collate = preference_data(run, "test", ranks)
     return preferences.held_out_preferences(
         loss,
-        build_data(run, "test"),
+        rows,
+        collate,
         batch_size=run.evaluation.batch_size or run.training.batch_size,
         ranks=ranks,
     )
@@ -199,5 +240,7 @@ def preference_scores(run: FinetuningRun, model: Any, checkpoint: Checkpoint, ra
         scores = {**by_source["all"], "models": {run.finetuning.objective: by_source}}
     # Last, as it turns the weights into the precision that answers are written in.
     is_writer = run.finetuning.objective != "reward"
-    generated = scored_answers(run, model, build_tokenizer(run), ranks) if is_writer else None
+    tokenizer = build_tokenizer(run)
+    generated = scored_answers(run, model, tokenizer, ranks) if is_writer else None
+    scores |= harness_scores(run, model, tokenizer, ranks) if is_writer else {}
     return {**as_json(None, generated, step=checkpoint.step, epoch=checkpoint.epoch), **scores}

@@ -374,10 +374,13 @@ def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
                 )
     else:
         problems += contradictions_of_adapter(config, tree)
-    if config.trainer == "finetuning" and config.finetuning.objective == "reward" and config.model.peft:
+    is_reward_model = config.trainer == "finetuning" and config.finetuning.objective == "reward"
+    if config.evaluation.lm_eval is not None and (config.eagle3 is not None or is_reward_model):
+        kind = "a reward model" if is_reward_model else "a draft head"
         problems.append(
             Problem(
-                tree.place(("model", "peft")), "model.peft: a reward model is trained in full; leave model.peft out"
+                tree.place(("evaluation", "lm_eval")),
+                f"evaluation.lm_eval: its tasks are for models that write texts, which {kind} does not; leave it out",
             )
         )
     if config.eagle3 is not None:

@@ -30,6 +30,7 @@ from training.schedule import Horizon
 CHANGEABLE = (
     "cluster",
     "training.save_every",
+    "evaluation.",
     "distillation.cache.tasks",
     "distillation.cache.gpus_per_task",
     *(
@@ -40,7 +41,8 @@ CHANGEABLE = (
     *(f"slurm.{key}" for key in ("partition", "time", "warning_s", "cpus_per_task", "mem", "account", "qos")),
     *(f"slurm.{key}" for key in ("constraint", "gpu_id", "setup", "extra")),
 )
-"""Settings that a run may change on the way: where it trains and when it saves. Its weights stay what they are."""
+"""Settings that a run may change on the way: where it trains, when it saves, what it is scored on.
+Its weights stay what they are."""
 
 OTHER_COMMAND_S = 30.0
 """How long to wait for another command, or a job of the chain, that is making the run's folder or submitting."""

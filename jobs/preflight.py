@@ -28,6 +28,7 @@ from mixture.prepare import PreparationRequest
 from mixture.recipe import Mixture
 from settings.yaml_tree import ConfigError, Problem
 from training.adapter_options import EXPERTS, not_mergeable
+from training.config import EvaluationConfig
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -123,6 +124,7 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
         tokenizer = collect("model.tokenizer", find_model, tokenizer, None, folder, "tokenizer_config.json")
     adapters = [collect("model.adapters", find_adapter, adapter, folder) for adapter in config.model.adapters]
     collect("model.peft_method", check_adapter_packages, config.model.peft, config.model.peft_method)
+    evaluation = collect("evaluation.lm_eval", find_harness_tasks, config.evaluation, folder)
     checkpoint_dir = collect("model.checkpoint_dir", absolute_checkpoint_dir, config.model.checkpoint_dir)
     collect("runs_dir", check_writable, config.folder.parent)
     collect("data_dir", check_writable, config.data_folder)
@@ -132,6 +134,8 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
         for key in unread_module_keys(config.dataset, module):
             message = f"dataset.{key}: nothing in {module.path} reads this key; correct or remove it"
             problems.append(Problem(tree.place(("dataset", key)), message))
+    if config.evaluation.unprotected_code and (module is not None or mixture is not None):
+        collect("evaluation.unprotected_code", require_code_score, module)
     if distillation is not None:
         model = replace(config.model, name=name or config.model.name, tokenizer=tokenizer)
         check_distillation(replace(config, model=model, distillation=distillation), collect)
@@ -148,6 +152,7 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
         dataset=replace(dataset, file=f"{module.path}:{module.function}") if module else dataset,
         model=replace(config.model, name=name, tokenizer=tokenizer, adapters=adapters, checkpoint_dir=checkpoint_dir),
         distillation=distillation,
+        evaluation=evaluation,
     )
     notes += context_notes(config)
     world_size = config.slurm.world_size if cluster == "slurm" else local_world_size(config, notes)
@@ -259,6 +264,13 @@ def unread_module_keys(dataset: DatasetConfig, module: ModuleFile) -> list[str]:
     return [key for key in dataset.module_keys if not re.search(rf"\b{re.escape(key)}\b", text)]
 
 
+def require_code_score(module: ModuleFile | None) -> None:
+    """Raise ValueError where no module runs code to score answers, as far as its text tells."""
+    if module is None or not re.search(r"\bunprotected\b", module.path.read_text(encoding="utf-8")):
+        what = "a mixture scores no answers" if module is None else f"nothing in {module.path} runs code of a model"
+        raise ValueError(f"{what}; remove the key")
+
+
 def find_model(name: str, revision: str | None, config_folder: Path, needed_file: str = "config.json") -> str:
     """The model's folder as an absolute path, or its hub id once the hub or the local cache knows it.
 
@@ -329,6 +341,28 @@ def check_adapter_packages(peft: bool, method: str) -> None:
     """Raise ValueError where the adapter needs a package that is not installed."""
     if peft and method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("qlora needs the package bitsandbytes in .venv; install it, or use lora")
+
+
+def find_harness_tasks(evaluation: EvaluationConfig, config_folder: Path) -> EvaluationConfig:
+    """The section with the folder of own tasks of lm-evaluation-harness absolute.
+
+    Raises:
+        ValueError: the harness is not installed, or there is no such folder.
+    """
+    lm_eval = evaluation.lm_eval
+    if lm_eval is None:
+        return evaluation
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("its tasks need the package lm-eval in .venv: .venv/bin/pip install 'lm-eval>=0.4.13,<0.5'")
+    if lm_eval.include_path is None:
+        return evaluation
+    tried = [folder / Path(lm_eval.include_path).expanduser() for folder in (config_folder, PROJECT, Path.cwd())]
+    for path in tried:
+        if path.is_dir():
+            return replace(evaluation, lm_eval=replace(lm_eval, include_path=str(path.resolve())))
+    raise ValueError(
+        f"include_path: no folder {lm_eval.include_path}; tried {', '.join(map(str, dict.fromkeys(tried)))}"
+    )
 
 
 def absolute_checkpoint_dir(checkpoint_dir: str | None) -> str | None:

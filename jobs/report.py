@@ -180,7 +180,9 @@ def evaluation_section(evaluation: dict[str, Any] | None) -> str:
     )
     headings = "".join(f"<th>{html.escape(key)}</th>" for key in next(iter(evaluation.get("examples", [])), {}))
     answers = f"<h2>Some answers</h2><table><tr>{headings}</tr>{examples}</table>" if examples else ""
-    return f"<h2>Evaluation</h2><table>{scores}</table>{comparison(evaluation)}{answers}"
+    tasks = list(evaluation.get("lm_eval", {}).items())
+    harness = score_table("Tasks of lm-evaluation-harness", "task", tasks) if tasks else ""
+    return f"<h2>Evaluation</h2><table>{scores}</table>{comparison(evaluation)}{harness}{answers}"
 
 
 def comparison(evaluation: dict[str, Any]) -> str:

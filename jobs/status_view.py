@@ -130,9 +130,13 @@ def show_evaluation(evaluation: dict[str, Any], console: Console) -> None:
 
 
 def scores(evaluation: dict[str, Any]) -> list[str]:
-    """The scores of the trained model, one a line, and how others compare, or each source of a draft, a line each."""
+    """The scores of the trained model, one a line, and how others compare, or each source of a draft, a line each;
+    then each task of lm-evaluation-harness."""
     own = [f"  {name}: {value:.4g}" for name, value in evaluation.items() if isinstance(value, int | float)]
-    others = accepted_by_source(evaluation) or compared_models(evaluation)
+    others = [
+        *(accepted_by_source(evaluation) or compared_models(evaluation)),
+        *evaluation.get("lm_eval", {}).items(),
+    ]
     return own + [
         f"  {name}: " + ", ".join(f"{score.replace('_', ' ')} {value:.4g}" for score, value in found.items())
         for name, found in others

@@ -10,6 +10,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
@@ -24,6 +25,13 @@ Report = Callable[[str], None]
 DATASET_FUNCTION = "get_custom_dataset"
 COLLATOR_FUNCTION = "get_data_collator"
 SCORE_FUNCTION = "score"
+SCORE_NAME = "SCORE_NAME"
+SCORE_IN_THREADS = "SCORE_IN_THREADS"
+
+OTHER_SCORES = frozenset(
+    {"step", "epoch", "loss", "perplexity", "tokens", "scored_rows", "examples", "models", "lm_eval"}
+)
+"""What the evaluation tells beside a module's score."""
 
 # What a failing call may raise through unchanged: the network or the machine failed, not the module.
 PASSING_ERRORS = (ConnectionError, TimeoutError, MemoryError)
@@ -35,6 +43,20 @@ class ModuleFile:
 
     path: Path
     function: str = DATASET_FUNCTION
+
+
+@dataclass(frozen=True)
+class ModuleScore:
+    """How a module judges a model's answers."""
+
+    function: Callable[[str, Row], float]
+    """From the answer and the raw row of its question; means over rows are told."""
+
+    name: str = "score"
+    """What the mean is called: the module's SCORE_NAME."""
+
+    in_threads: bool = False
+    """Whether answers may be judged at the same time, in threads: the module's SCORE_IN_THREADS."""
 
 
 class ModuleConfig(SimpleNamespace):
@@ -219,6 +241,25 @@ def score_function(file: ModuleFile) -> Callable[[str, Row], float] | None:
     """The module's `score(prediction, row)`, or None if it has none."""
     function: Callable[[str, Row], float] | None = getattr(load_module(file.path), SCORE_FUNCTION, None)
     return function
+
+
+def module_score(file: ModuleFile, *, unprotected: bool) -> ModuleScore | None:
+    """The module's `score(prediction, row)`, with what the module says of it, or None without one.
+
+    One that runs code takes `unprotected` too: whether to do so where the machine cannot protect itself.
+    """
+    function = score_function(file)
+    if function is None:
+        return None
+    if "unprotected" in inspect.signature(function).parameters:
+        function = partial(function, **{"unprotected": unprotected})
+    module = load_module(file.path)
+    name = getattr(module, SCORE_NAME, ModuleScore.name)
+    if not isinstance(name, str) or not name or name in OTHER_SCORES:
+        raise ValueError(
+            f"{file.path}: SCORE_NAME is {name!r}; name what `score` returns, and not {', '.join(sorted(OTHER_SCORES))}"
+        )
+    return ModuleScore(function, name, bool(getattr(module, SCORE_IN_THREADS, ModuleScore.in_threads)))
 
 
 # --- calling

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_harness import TASKS, needs_lm_eval, write_tasks
 
 import distillation
 import finetuning
@@ -24,7 +25,7 @@ from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparationRequest, prepare
 from training.checkpoints import newest_valid
-from training.config import FinetuningConfig, LoraConfig
+from training.config import EvaluationConfig, FinetuningConfig, KtoConfig, LmEvalConfig, LoraConfig
 from training.distributed import Ranks, agree_on_any, failing_together, from_main, join_ranks, tasks_on_node
 from training.ledger import Ledger
 from training.run import FinetuningRun, TrainerRun
@@ -191,12 +192,15 @@ def test_three_ranks_learn_preferences_exactly_and_as_one_rank_does(
     )  # fmt: skip
     prepared = prepare(request, tmp_path, lambda line: None).folder
 
-    def preference_run(name: str, **training: Any) -> FinetuningRun:
+    def preference_run(name: str, config: FinetuningConfig, **training: Any) -> FinetuningRun:
         run = make_run(name, training={"lr": 1e-3, "batch_size": 1, "log_every": 1, **training})
-        return replace(run, module=None, prepared=prepared, finetuning=FinetuningConfig(objective=objective))
+        return replace(run, module=None, prepared=prepared, finetuning=config)
 
-    one_rank = preference_run("one-rank", batch_size=3, epochs_per_job=2)
-    whole, chain = preference_run("whole", epochs_per_job=2), preference_run("chain", total_jobs=2)
+    live = FinetuningConfig(objective=objective)
+    beforehand = replace(live, kto=KtoConfig(precompute_reference=True)) if objective == "kto" else live
+    one_rank = preference_run("one-rank", live, batch_size=3, epochs_per_job=2)
+    whole = preference_run("whole", beforehand, epochs_per_job=2)
+    chain = preference_run("chain", beforehand, total_jobs=2)
     train_all([one_rank])
     on_three_ranks(train_all, [chain, whole])
 
@@ -204,6 +208,21 @@ def test_three_ranks_learn_preferences_exactly_and_as_one_rank_does(
     for line_of_one, line_of_three in zip(one_rank.folder.metrics(), whole.folder.metrics(), strict=True):
         for part in ("loss", "accuracy", "margin"):
             assert line_of_three[part] == pytest.approx(line_of_one[part], rel=1e-3, abs=1e-5)
+
+
+def evaluated(run: FinetuningRun) -> dict[str, Any]:
+    return finetuning.evaluate(run)["lm_eval"]
+
+
+@needs_lm_eval
+def test_three_ranks_share_the_questions_of_a_harness_and_all_learn_its_scores(
+    on_three_ranks: OnThreeRanks, make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run("run", training={"epochs_per_job": 3})
+    finetuning.train(run)
+    tasks = LmEvalConfig(tasks=list(TASKS), include_path=str(write_tasks(tmp_path / "tasks")), limit=5)
+    run = replace(run, evaluation=EvaluationConfig(limit=0, lm_eval=tasks))
+    assert on_three_ranks(evaluated, run) == [evaluated(run)] * NUM_RANKS
 
 
 def test_a_chain_begun_on_three_ranks_is_not_resumed_on_one(on_three_ranks: OnThreeRanks, make_run: MakeRun) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetuning
+from jobs import launch
+from jobs.config import read_resolved_config
+from jobs.plan import plan_run
+from jobs.preflight import check_run
 from mixture.config import DatasetConfig
-from mixture.dataset_modules import ModuleFile
+from mixture.dataset_modules import ModuleFile, load_module, module_score
 from mixture.prepare import PreparationRequest, prepare
+from settings.yaml_tree import ConfigError
 from training.checkpoints import NoValidCheckpointError, newest_valid
 from training.config import EvaluationConfig
 from training.evaluation import generate, prompt_text
 from training.run import FinetuningRun, NonFiniteLossError
+from training.run_folder import RunFolder
 
 MakeRun = Callable[..., FinetuningRun]
 
@@ -72,6 +79,61 @@ def test_answers_are_scored_by_the_module(trained: FinetuningRun) -> None:
         == "<|im_start|>user\nWhat is 10 plus 2? Please. Please.<|im_end|>\n<|im_start|>assistant\n"
     )
     assert all(example["score"] in (0.0, 1.0) for example in examples)
+
+
+NAMED_SCORE = """
+import threading, time
+
+SCORE_NAME = "pass@1"
+SCORE_IN_THREADS = {in_threads}
+threads = set()
+
+def score(prediction, row, unprotected=None):
+    threads.add(threading.current_thread())
+    time.sleep(0.01 * len(row["answer"]))  # answers are judged in another order than they were asked for
+    return float(row["answer"].startswith("10 + 3") and unprotected)
+"""
+
+
+@pytest.mark.parametrize("in_threads", [True, False])
+def test_a_score_has_the_name_that_its_module_gives_it_and_runs_in_threads_where_that_is_allowed(
+    in_threads: bool, trained: FinetuningRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    module = ModuleFile(tmp_path / "named.py")
+    module.path.write_text(NAMED_SCORE.format(in_threads=in_threads))
+    evaluation = replace(trained.evaluation, unprotected_code=True)
+    result = finetuning.evaluate(replace(trained, module=module, evaluation=evaluation))
+    assert result["pass@1"] == 0.25 and "score" not in result
+    assert [example["score"] for example in result["examples"]] == [0.0, 1.0, 0.0, 0.0]
+    assert capfd.readouterr().out.splitlines()[-1].startswith("answers: 4 of 4 written, 4 scored, ")
+    assert (threading.main_thread() not in load_module(module.path).threads) == in_threads
+
+
+@pytest.mark.parametrize("name", ["loss", 1])
+def test_a_score_of_a_name_that_is_taken_is_refused(name: object, tmp_path: Path) -> None:
+    module = ModuleFile(tmp_path / "named.py")
+    module.path.write_text(f"SCORE_NAME = {name!r}\ndef score(prediction, row): return 1.0\n")
+    with pytest.raises(
+        ValueError, match=rf"named.py: SCORE_NAME is {name!r}; name what `score` returns, and not epoch"
+    ):
+        module_score(module, unprotected=False)
+
+
+def test_what_is_scored_may_change_on_the_way_and_code_is_run_unprotected_only_where_it_is_run_at_all(
+    tmp_path: Path,
+) -> None:
+    """A last job that failed for what it was to score can be tried again."""
+    folders = ["--runs_dir", str(tmp_path / "runs"), "--data_dir", str(tmp_path / "data"), "--cluster", "local"]
+
+    def opened(*overrides: str) -> RunFolder:
+        checked = check_run(PROJECT / "configs/test.yaml", [*folders, *overrides])
+        return launch.open_run_folder(checked, plan_run(checked).data_key, print)
+
+    run = opened()
+    assert opened("--evaluation.limit", "3") == run
+    assert read_resolved_config(run.config).evaluation.limit == 3
+    with pytest.raises(ConfigError, match=r"evaluation\.unprotected_code: nothing in .*test_dataset\.py runs code"):
+        opened("--evaluation.unprotected_code", "true")
 
 
 def test_without_a_checkpoint_there_is_nothing_to_evaluate(make_run: MakeRun) -> None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from training.config import DpoConfig, KtoConfig, OrpoConfig, PreferenceConfig, RewardConfig
+from mixture.shards import TokenRow
+from training.batches import collate
+from training.config import DpoConfig, KtoConfig, ModelConfig, OrpoConfig, PreferenceConfig, RewardConfig
 from training.losses import Head, LogitShape, linear_log_probabilities
 from training.preference_losses import Answers, losses, scores
+from training.preferences import build_reward_model
 
 PAIRS = 5
 
@@ -146,44 +151,162 @@ TRL_LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.skipif(find_spec("trl") is None, reason="TRL, which losses are compared with, is not installed")
-def test_dpo_losses_are_those_of_trl(teacher: Any, tmp_path: Any) -> None:
+needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL, which losses are compared with, is not installed")
+PAIRS_OF_TEXTS = [
+    {"prompt": f"What is {n} plus 2?", "chosen": f"{n} + 2 = {n + 2}", "rejected": "No idea!"} for n in (3, 44)
+]
+LABELLED_TEXTS = [
+    {"prompt": pair["prompt"], "completion": pair[kind], "label": kind == "chosen"}
+    for pair in PAIRS_OF_TEXTS
+    for kind in ("chosen", "rejected")
+]
+
+
+def moved(model: Any, seed: int = 3) -> Any:
+    """The model away from where it began, without dropout."""
+    torch.manual_seed(seed)
+    for weight in model.parameters():
+        weight.data += 0.02 * torch.randn_like(weight)
+    return model.eval()
+
+
+def trl_arguments(folder: Path) -> dict[str, Any]:
+    """For TRL's trainers: one batch of all rows, on the CPU, in float32."""
+    return {"output_dir": str(folder), "report_to": "none", "use_cpu": True, "bf16": False,
+            "gradient_checkpointing": False, "per_device_train_batch_size": 4}  # fmt: skip
+
+
+def trl_batch(trainer: Any) -> dict[str, Any]:
+    """All rows in one batch, through TRL's own tokens and collator."""
+    return trainer.data_collator([trainer.train_dataset[index] for index in range(len(trainer.train_dataset))])
+
+
+@needs_trl
+def test_dpo_losses_are_those_of_trl(teacher: Path, tmp_path: Path) -> None:
     """On the tiny model moved away from its reference, one batch of two pairs, through TRL's own collator and loss."""
-    import datasets
+    from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    rows = [{"prompt": f"What is {n} plus 2?", "chosen": f"{n} + 2 = {n + 2}", "rejected": "No idea!"} for n in (3, 44)]
     for loss, settings in TRL_LOSSES.items():
         policy, reference = (AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32) for _ in range(2))
-        torch.manual_seed(3)
-        for weight in policy.parameters():
-            weight.data += 0.02 * torch.randn_like(weight)
-        arguments = DPOConfig(
-            output_dir=str(tmp_path), loss_type=[loss], beta=0.3, report_to="none", use_cpu=True, bf16=False,
-            gradient_checkpointing=False, per_device_train_batch_size=2, **settings,
-        )  # fmt: skip
+        arguments = DPOConfig(loss_type=[loss], beta=0.3, **settings, **trl_arguments(tmp_path))
         trainer = DPOTrainer(
-            policy, reference, args=arguments, train_dataset=datasets.Dataset.from_list(rows),
+            moved(policy), reference, args=arguments, train_dataset=Dataset.from_list(PAIRS_OF_TEXTS),
             processing_class=tokenizer,
         )  # fmt: skip
-        policy.eval()
-        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
+        batch = trl_batch(trainer)
         theirs = trainer.compute_loss(policy, batch).item()
         mine = losses(answers_of(policy, reference, batch), DpoConfig(loss=loss, beta=0.3, **settings))  # type: ignore[arg-type]
         assert mine.mean().item() == pytest.approx(theirs, rel=1e-4), loss
 
 
+@needs_trl
+@pytest.mark.parametrize("moves", ["policy", "reference"])
+def test_kto_losses_are_those_of_trl(moves: str, teacher: Path, tmp_path: Path) -> None:
+    """With the divergence of mismatched answers above zero, and below it, where both take zero."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import KTOConfig, KTOTrainer
+
+    policy, reference = (AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32) for _ in range(2))
+    moved(policy if moves == "policy" else reference, seed=4)
+    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
+    trainer = KTOTrainer(
+        policy, reference, args=KTOConfig(beta=0.3, **weights, **trl_arguments(tmp_path)),
+        train_dataset=Dataset.from_list(LABELLED_TEXTS), processing_class=AutoTokenizer.from_pretrained(teacher),
+    )  # fmt: skip
+    policy.eval()
+    batch = trl_batch(trainer)
+    theirs = trainer.compute_loss(policy, dict(batch)).item()
+    mismatched = {name.removeprefix("KL_"): value for name, value in batch.items() if name.startswith("KL_")}
+    divergence = log_ratios(policy, reference, mismatched).mean().item()
+    found = in_order(policy, reference, batch, torch.arange(4), batch["label"].bool())
+    mine = losses(found, KtoConfig(beta=0.3, **weights), max(0.0, divergence))
+    assert mine.mean().item() == pytest.approx(theirs, rel=1e-4)
+    assert (divergence > 0) == (moves == "policy")
+
+
+@needs_trl
+def test_orpo_losses_are_those_of_trl_but_for_the_prompt(teacher: Path, tmp_path: Path) -> None:
+    """TRL's cross entropy counts the tokens of the prompt too; that of the answer alone, which it tells, is put in."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    policy = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    trainer = ORPOTrainer(
+        moved(policy), args=ORPOConfig(beta=0.3, **trl_arguments(tmp_path)),
+        train_dataset=Dataset.from_list(PAIRS_OF_TEXTS), processing_class=AutoTokenizer.from_pretrained(teacher),
+    )  # fmt: skip
+    policy.eval()
+    batch = trl_batch(trainer)
+    theirs, metrics = trainer.get_batch_loss_metrics(policy, batch)
+    theirs = theirs.item() - metrics["nll_loss"] - metrics["logps/chosen"]
+    joined = trainer.concatenated_inputs(batch, padding_value=trainer.padding_value)
+    sequences = {
+        "input_ids": joined["concatenated_input_ids"],
+        "attention_mask": joined["concatenated_attention_mask"],
+        "completion_mask": (joined["concatenated_labels"] != -100).long(),
+    }
+    mine = losses(answers_of(policy, policy, sequences), OrpoConfig(odds_weight=0.3))
+    assert mine.mean().item() == pytest.approx(theirs, rel=1e-4)
+
+
+@needs_trl
+@pytest.mark.parametrize("centring", [0.0, 0.05])
+def test_rewards_and_their_losses_are_those_of_trl(centring: float, teacher: Path, tmp_path: Path) -> None:
+    """Our rewards come from packed answers, TRL's from padded ones."""
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from trl import RewardConfig as TrlConfig
+    from trl import RewardTrainer
+
+    network = AutoModelForSequenceClassification.from_pretrained(teacher, num_labels=1, dtype=torch.float32)
+    rows = [{**pair, "margin": 0.4} for pair in PAIRS_OF_TEXTS]
+    arguments = TrlConfig(center_rewards_coefficient=centring or None, **trl_arguments(tmp_path))
+    trainer = RewardTrainer(
+        moved(network), args=arguments, train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(teacher),
+    )  # fmt: skip
+    network.eval()
+    batch = trl_batch(trainer)
+    theirs = trainer.compute_loss(network, dict(batch)).item()
+
+    ours = build_reward_model(ModelConfig(name=str(teacher)), seed=1)
+    ours.load_state_dict(network.state_dict())
+    order = torch.arange(4).view(2, -1).T.flatten()
+    rewards = [
+        ours.eval()(**collate([[TokenRow("", ids.numpy(), np.ones(len(ids), dtype=bool), "")]])).values
+        for ids in (batch["input_ids"][index][batch["attention_mask"][index].bool()] for index in order)
+    ]
+    none = torch.ones(4)
+    mine = losses(Answers(torch.cat(rewards), None, none, none.bool()), RewardConfig(margin=0.4, centring=centring))
+    assert mine.mean().item() == pytest.approx(theirs, rel=1e-4)
+
+
 def answers_of(policy: Any, reference: Any, batch: dict[str, torch.Tensor]) -> Answers:
     """What both models say of TRL's batch, which holds all chosen answers and then all rejected ones."""
+    pairs = len(batch["input_ids"]) // 2
+    order = torch.arange(2 * pairs).view(2, -1).T.flatten()
+    return in_order(policy, reference, batch, order, torch.tensor([True, False] * pairs))
+
+
+def in_order(
+    policy: Any, reference: Any, batch: dict[str, torch.Tensor], order: torch.Tensor, desirable: torch.Tensor
+) -> Answers:
+    tokens = batch["completion_mask"][:, 1:].double().sum(1)[order]
+    return Answers(sums(policy, batch)[order], sums(reference, batch)[order], tokens, desirable)
+
+
+def log_ratios(policy: Any, reference: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return sums(policy, batch) - sums(reference, batch)
+
+
+def sums(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The log-probability of each answer, from all logits."""
     ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:].double()
-    order = torch.arange(len(ids)).view(2, -1).T.flatten()
-
-    def sums(model: Any) -> torch.Tensor:
-        with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits.double()
-        found = log_softmax(logits[:, :-1], -1).gather(2, ids[:, 1:, None]).squeeze(2)
-        return (found * mask).sum(1)[order]
-
-    return Answers(sums(policy), sums(reference), mask.sum(1)[order], torch.tensor([True, False] * (len(ids) // 2)))
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits.double()
+    return (log_softmax(logits[:, :-1], -1).gather(2, ids[:, 1:, None]).squeeze(2) * mask).sum(1)

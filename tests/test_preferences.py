@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import finetuning
 from jobs.config import PROJECT, read_run_config
@@ -19,11 +21,13 @@ from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparationRequest, PreparedData, prepare
 from mixture.shards import TokenRows, read_packs
-from settings.yaml_tree import ConfigError
+from training import reference
 from training.checkpoints import newest_valid
-from training.config import DpoConfig, FinetuningConfig, LoraConfig
+from training.config import PREFERENCE_CONFIGS, DpoConfig, FinetuningConfig, LoraConfig
+from training.distributed import Ranks
 from training.preferences import PreferenceCollate
 from training.run import FinetuningRun
+from training.stopping import StopRequested
 
 MakeRun = Callable[..., FinetuningRun]
 OBJECTIVES = ("dpo", "kto", "orpo", "reward")
@@ -86,6 +90,151 @@ def test_two_blocks_of_an_adapter_with_dropout_equal_one_run(make_preference_run
     chain = make_preference_run("chain", "dpo", model=model, training={"epochs_per_job": 1, "total_jobs": 2})
     whole = make_preference_run("whole", "dpo", model=model, training={"epochs_per_job": 2, "total_jobs": 1})
     assert largest_difference(train_to_the_end(chain), train_to_the_end(whole)) == 0
+
+
+# --- a reference that is asked beforehand
+
+
+@pytest.mark.parametrize(("objective", "peft"), [("dpo", False), ("kto", True)])
+def test_a_reference_asked_beforehand_teaches_what_one_asked_along_the_way_does(
+    objective: str, peft: bool, make_preference_run: MakeRun, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"name": str(teacher), "from_scratch": False, "peft": peft}
+    settings = PREFERENCE_CONFIGS[objective](precompute_reference=True)  # type: ignore[call-arg]
+    two_blocks = {"epochs_per_job": 1, "total_jobs": 2, "log_every": 1}
+    chain = make_preference_run("chain", objective, settings=settings, model=model, training=two_blocks)
+    finetuning.train(chain)
+    assert len(list(chain.prepared.glob("reference-*/*.npy"))) == 2 and not list(chain.folder.path.glob("reference-*"))
+    monkeypatch.setattr(finetuning, "first_reference", None)  # nothing is left to ask it
+    whole = make_preference_run(
+        "whole",
+        objective,
+        settings=settings,
+        model=model,
+        training={**two_blocks, "epochs_per_job": 2, "total_jobs": 1},
+    )
+    assert largest_difference(train_to_the_end(chain), train_to_the_end(whole)) == 0
+    scores = finetuning.evaluate(chain)
+    monkeypatch.undo()
+    along = make_preference_run("along", objective, model=model, training=two_blocks)
+    train_to_the_end(along)
+    for before, live in zip(chain.folder.metrics(), along.folder.metrics(), strict=True):
+        assert before["loss"] == pytest.approx(live["loss"], rel=1e-4)
+    assert scores["margin"] == pytest.approx(finetuning.evaluate(along)["margin"], rel=1e-3)
+
+
+def test_in_the_same_batches_what_the_reference_says_is_the_same_bit_for_bit(make_preference_run: MakeRun) -> None:
+    settings = DpoConfig(precompute_reference=True)
+    before = make_preference_run("before", "dpo", settings=settings, training={"batch_size": 1})
+    live = make_preference_run("live", "dpo", training={"batch_size": 1})
+    assert largest_difference(train_to_the_end(before), train_to_the_end(live)) == 0
+
+
+def test_an_interrupted_pass_of_the_reference_goes_on_and_is_shared_by_processes(
+    make_preference_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "SHARD_PACKS", 2)
+    run = make_preference_run("run", "kto")
+    splits = {name: finetuning.build_data(run, name) for name in ("train", "test")}
+    asked: list[Path] = []
+    write = reference.Shard.write
+
+    def counted(shard: reference.Shard, *arguments: Any) -> None:
+        if len(asked) == 2:
+            raise StopRequested
+        asked.append(shard.path)
+        write(shard, *arguments)
+
+    def compute(name: str, ranks: Ranks) -> Path:
+        reference.compute_reference(
+            splits, tmp_path / name, run.folder.path / name,
+            lambda: (finetuning.first_reference(run), torch.device("cpu")),
+            model_precision=torch.float32, batch_size=1, ranks=ranks,
+        )  # fmt: skip
+        return tmp_path / name
+
+    monkeypatch.setattr(reference.Shard, "write", counted)
+    with pytest.raises(StopRequested):
+        compute("interrupted", Ranks())
+    times = [path.stat().st_mtime_ns for path in asked]
+    monkeypatch.setattr(reference.Shard, "write", write)
+    monkeypatch.setattr(reference.shutil, "rmtree", lambda folder: None)
+    alone = compute("interrupted", Ranks())
+    assert [path.stat().st_mtime_ns for path in asked] == times
+    for rank in (1, 2, 0):
+        shared = compute("shared", Ranks(rank=rank, world_size=3))
+    for split, packs in splits.items():
+        values = np.load(alone / f"{split}.npy")
+        assert len(values) == len(packs.rows) and (values < 0).all()
+        assert np.array_equal(values, np.load(shared / f"{split}.npy"))
+
+
+def test_values_of_another_model_or_arithmetic_are_not_taken(make_preference_run: MakeRun, teacher: Path) -> None:
+    run = make_preference_run("run", "dpo")
+
+    def folder(**keys: Any) -> Path:
+        model = replace(run.model, **keys)
+        return reference.reference_folder(run.prepared, model, fingerprint="f", seed=run.seed)
+
+    changes: list[dict[str, Any]] = [{}, {"dtype": "bfloat16"}, {"name": str(teacher), "from_scratch": False}]
+    assert len({folder(**keys) for keys in changes}) == 3
+    assert folder() == folder(peft=False, checkpoint_dir="elsewhere")
+    with pytest.raises(ValueError, match=r"finetuning\.dpo\.precompute_reference: simpo has no reference"):
+        DpoConfig(loss="simpo", precompute_reference=True)
+
+
+# --- reward models
+
+
+def rewards_by(model: Any, run: FinetuningRun) -> list[float]:
+    """The rewards of the test answers, each read alone, as users of the model read them."""
+    rows = [row for pack in range(2) for row in finetuning.build_data(run, "test")[pack]]
+    with torch.no_grad():
+        return [float(model.eval()(torch.tensor(row.input_ids[None].astype("int64"))).logits[0, 0]) for row in rows]
+
+
+def test_a_reward_model_of_adapters_resumes_exactly_and_loads_from_adapter_and_merged_whole(
+    make_preference_run: MakeRun, teacher: Path
+) -> None:
+    base = {"name": str(teacher), "from_scratch": False, "peft": True, "lora": LoraConfig(r=4, dropout=0.2)}
+    model = {**base, "merge_adapter": True}
+    chain = make_preference_run("chain", "reward", model=model, training={"epochs_per_job": 1, "total_jobs": 2})
+    whole = make_preference_run("whole", "reward", model=model, training={"epochs_per_job": 2, "total_jobs": 1})
+    trained = train_to_the_end(chain)
+    assert largest_difference(trained, train_to_the_end(whole)) == 0
+    assert any(name.endswith("score.modules_to_save.default.weight") for name in trained)
+
+    merged = AutoModelForSequenceClassification.from_pretrained(chain.folder.export / "merged")
+    plain = AutoModelForSequenceClassification.from_pretrained(teacher, num_labels=1)
+    adapted = PeftModel.from_pretrained(plain, chain.folder.export)
+    ours = rewards_by(finetuning.build_model(chain, newest_valid(chain.folder.checkpoints)[0]), chain)
+    assert rewards_by(adapted, chain) == pytest.approx(ours, abs=1e-6)
+    assert rewards_by(merged, chain) == pytest.approx(ours, abs=1e-5)
+    assert finetuning.evaluate(chain)["accuracy"] > 0.5 and max(ours) - min(ours) > 0.1
+    card = (chain.folder.export / "README.md").read_text()
+    assert "AutoModelForSequenceClassification.from_pretrained(" in card and "num_labels=1, pad_token_id=" in card
+
+
+def test_a_reward_model_begins_with_adapters_that_were_trained_before(
+    make_preference_run: MakeRun, teacher: Path
+) -> None:
+    lora = {"name": str(teacher), "from_scratch": False, "peft": True, "lora": LoraConfig(r=4)}
+    writer = make_preference_run("writer", "dpo", model={**lora, "merge_adapter": True})
+    finetuning.train(writer)
+    beside = {"name": str(teacher), "from_scratch": False, "adapters": [str(writer.folder.export)]}
+    found = finetuning.build_model(make_preference_run("found", "reward", model=beside), None).state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(writer.folder.export / "merged").state_dict()
+    assert "score.weight" in found
+    shared = [name for name in merged if name in found]
+    assert len(shared) > 10 and max(float((found[name] - merged[name]).abs().max()) for name in shared) < 1e-6
+    before = AutoModelForCausalLM.from_pretrained(teacher).state_dict()
+    assert max(float((found[name] - before[name]).abs().max()) for name in shared) > 1e-4
+    both = {**beside, "peft": True, "lora": LoraConfig(r=4), "merge_adapter": True}
+    run = make_preference_run("both", "reward", model=both)
+    finetuning.train(run)
+    ours = rewards_by(finetuning.build_model(run, newest_valid(run.folder.checkpoints)[0]), run)
+    whole = AutoModelForSequenceClassification.from_pretrained(run.folder.export / "merged")
+    assert rewards_by(whole, run) == pytest.approx(ours, abs=1e-5)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -236,9 +385,3 @@ def test_settings_of_another_objective_are_refused() -> None:
         ValueError, match=r"finetuning\.dpo\.label_smoothing is read by sigmoid and robust only, not by"
     ):
         DpoConfig(loss="ipo", label_smoothing=0.1)
-
-
-def test_a_reward_model_with_adapters_is_refused_before_the_queue() -> None:
-    overrides = ["--model.from_scratch", "false", "--model.peft", "true"]
-    with pytest.raises(ConfigError, match="a reward model is trained in full"):
-        read_run_config(PROJECT / "configs/examples/reward.yaml", overrides)

@@ -15,6 +15,7 @@ from mixture.dataset_modules import check_module, load_module, load_rows, resolv
 from mixture.formats import FORMAT_NAMES, canonical_row, detect_format
 from mixture.hub import HubRows, HubSource, absolute_data_files
 from mixture.inspection import list_datasets
+from sandbox.python import missing_protection
 
 PROJECT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (PROJECT / "datasets").glob("*.py"))
@@ -246,6 +247,33 @@ def test_gsm8k_tells_negative_numbers_apart():
     assert module.score("#### 5", {"answer": "#### -5"}) == 0.0
 
 
+NO_SANDBOX = missing_protection()
+MBPP = {
+    "text": "Add two lists.",
+    "code": "def add(a, b):\r\n  return a + b",
+    "test_setup_code": "import math",
+    "test_list": ["assert add([1], [2]) == [1, 2]", "assert add([], []) == [math.floor(0.5)][1:]"],
+}
+
+
+@pytest.mark.skipif(NO_SANDBOX is not None, reason=f"no sandbox here: {NO_SANDBOX}")
+@pytest.mark.parametrize(
+    ("prediction", "score"),
+    [
+        (MBPP["code"], 1.0),
+        ("Like this:\n```python\ndef add(a, b):\n    return [*a, *b]\n```\nTry `add([], [])`.", 1.0),
+        ("def add(a, b):\n    return [1, 2]", 0.0),
+        ("import sys\nsys.exit(0)", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_mbpp_scores_code_by_the_tests_of_its_task(prediction, score):
+    module = load_module(PROJECT / "datasets" / "mbpp.py")
+    assert module.SCORE_NAME == "pass@1" and module.score(prediction, MBPP) == score
+    sanitised = {"prompt": "", "test_imports": [MBPP["test_setup_code"]], "test_list": MBPP["test_list"]}
+    assert module.tests_of(sanitised) == module.tests_of(MBPP)
+
+
 def test_synthetic_answers_are_right_and_score_full_marks():
     module = load_module(PROJECT / "datasets" / "synthetic_dataset.py")
     for row in load("train", name="synthetic_dataset", module_keys={"num_rows": 100}):
@@ -274,6 +302,9 @@ def test_the_original_files_load_in_full(name):
     if name == "gsm8k":
         module = load_module(PROJECT / "datasets" / "gsm8k.py")
         assert all(module.score(row["answer"], row) == 1.0 for row in found["train"] + found["test"])
+    if name == "mbpp" and not NO_SANDBOX:
+        module = load_module(PROJECT / "datasets" / "mbpp.py")
+        assert all(module.score(row["code"], row) == 1.0 for row in found["test"][:40])
 
 
 # --- what modules make of the rows that are stored

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,12 +31,19 @@ STATE_FILE = "trained_model.safetensors"
 
 NUM_AWAKE = "experts_awake"
 
+Task = Literal["CAUSAL_LM", "SEQ_CLS"]
+"""What a model is for, in peft's words: to write texts, or to classify them."""
+
 
 # ----------------------------------------------------------------------------------------------------------- put on
 
 
-def add_adapter(network: PreTrainedModel, model: ModelConfig, *, seed: int) -> PreTrainedModel | PeftModel:
+def add_adapter(
+    network: PreTrainedModel, model: ModelConfig, *, seed: int, task: Task = "CAUSAL_LM"
+) -> PreTrainedModel | PeftModel:
     """The frozen model with a new adapter of `model.peft_method`; the seed decides its weights.
+
+    The head of a classifier is trained in full beside it.
 
     Raises ValueError, naming the key and the model's layers, where the adapter does not fit the model.
     """
@@ -50,10 +57,11 @@ def add_adapter(network: PreTrainedModel, model: ModelConfig, *, seed: int) -> P
         if model.peft_method == EXPERTS:
             lora_experts.add_lora_experts(network, experts_shape(model), num_awake=model.experts.num)
             return network
-        adapted = peft.get_peft_model(network, peft_config(model))
+        adapted = peft.get_peft_model(network, peft_config(model, task))
         if not any(weight.requires_grad for weight in adapted.parameters()):
             raise ValueError("it matches no layer, so nothing would be trained")
-        output_head(network)
+        if task == "CAUSAL_LM":
+            output_head(network)
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         layers = sorted(
             {name.rpartition(".")[2] for name, layer in network.named_modules() if not list(layer.children())}
@@ -70,11 +78,13 @@ def add_adapter(network: PreTrainedModel, model: ModelConfig, *, seed: int) -> P
 
 def merge_adapters(network: PreTrainedModel, folders: Sequence[str]) -> PreTrainedModel:
     """The model with adapters that were trained before as a part of its weights, one after another."""
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     for folder in folders:
         try:
-            network = PeftModel.from_pretrained(network, folder).merge_and_unload(safe_merge=True)
+            config = PeftConfig.from_pretrained(folder)
+            config.task_type = None  # what a model that writes has learned may begin one that classifies
+            network = PeftModel.from_pretrained(network, folder, config=config).merge_and_unload(safe_merge=True)
         except (ValueError, RuntimeError, KeyError) as error:
             raise ValueError(f"model.adapters: {folder} cannot be merged into this model: {error}") from error
     return network.requires_grad_(True)
@@ -92,14 +102,14 @@ def experts_shape(model: ModelConfig) -> ExpertsShape:
     )
 
 
-def peft_config(model: ModelConfig) -> Any:
+def peft_config(model: ModelConfig, task: Task) -> Any:
     """The config object of peft for `model.peft_method`."""
     import peft
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     if model.peft_method in LORA_FAMILY:
         return peft.LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=task,
             r=model.lora.r,
             lora_alpha=model.lora.alpha,
             lora_dropout=model.lora.dropout,
@@ -114,7 +124,7 @@ def peft_config(model: ModelConfig) -> Any:
         options.setdefault("target_modules", "all-linear")
     if model.peft_method == "adalora":
         options["total_step"] = adalora.placeholder_steps(options)
-    return PEFT_TYPE_TO_CONFIG_MAPPING[model.peft_method.upper()](task_type="CAUSAL_LM", **options)
+    return PEFT_TYPE_TO_CONFIG_MAPPING[model.peft_method.upper()](task_type=task, **options)
 
 
 def is_adapter(model: nn.Module) -> bool:
@@ -298,7 +308,7 @@ def export_adapter(model: Any, folder: Path, config: ModelConfig, *, step: int) 
     (folder / "README.md").write_text(adapter_card(model, config, step=step), encoding="utf-8")
 
 
-def adapter_card(model: nn.Module, config: ModelConfig, *, step: int) -> str:
+def adapter_card(model: Any, config: ModelConfig, *, step: int) -> str:
     """The README.md of an exported adapter."""
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     below = f"It was trained on the base with {', '.join(config.adapters)} merged in; `merged/` holds all of them.\n\n"
@@ -311,6 +321,11 @@ def adapter_card(model: nn.Module, config: ModelConfig, *, step: int) -> str:
     else:
         library, first = "transformers", "from lora_experts import load_lora_experts  # beside this file"
         load = "load_lora_experts(model, FOLDER)"
+    is_classifier = is_adapter(model) and model.active_peft_config.task_type == "SEQ_CLS"
+    auto_model = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
+    labels = (
+        f", num_labels={model.config.num_labels}, pad_token_id={model.config.pad_token_id}" if is_classifier else ""
+    )
     return f"""---
 base_model: {config.name}
 library_name: {library}
@@ -324,10 +339,10 @@ Kind: {config.peft_method}, {trained:,} trained numbers, after {step} optimizer 
 {below if config.adapters else ""}It holds the difference to its base model and needs it:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_model}, AutoTokenizer
 {first}
 
-model = AutoModelForCausalLM.from_pretrained({config.name!r}{revision})
+model = {auto_model}.from_pretrained({config.name!r}{revision}{labels})
 {load}
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```

@@ -233,7 +233,8 @@ def scores_on_test_split(
             ranks=ranks,
         )
     generated = scored_answers(run, model, tokenizer, ranks)
-    return as_json(loss, generated, step=checkpoint.step, epoch=checkpoint.epoch)
+    scores = as_json(loss, generated, step=checkpoint.step, epoch=checkpoint.epoch)
+    return {**scores, **harness_scores(run, model, tokenizer, ranks)}
 
 
 def scored_answers(
@@ -243,14 +244,17 @@ def scored_answers(
 
     Turns the weights into the precision that answers are written in.
     """
-    from mixture.dataset_modules import score_function
+    from mixture.dataset_modules import module_score
     from training.evaluation import generation_score
     from training.models import precision
 
     # Preparation keeps the questions of the test split where the module scores answers and its rows hold questions.
     questions_file = open_prepared(run).folder / "test_rows.jsonl"
-    score = score_function(run.module) if run.module and run.evaluation.limit and questions_file.exists() else None
-    if not score:
+    has_questions = run.evaluation.limit and questions_file.exists()
+    if run.module is None or not has_questions:
+        return None
+    score = module_score(run.module, unprotected=run.evaluation.unprotected_code)
+    if score is None:
         return None
     return generation_score(
         model.to(precision(run.model)),
@@ -261,6 +265,24 @@ def scored_answers(
         batch_size=run.evaluation.batch_size or run.training.batch_size,
         ranks=ranks,
     )
+
+
+def harness_scores(
+    run: TrainerRun, model: Any, tokenizer: PreTrainedTokenizerBase, ranks: Ranks
+) -> dict[str, dict[str, dict[str, float]]]:
+    """The scores on tasks of lm-evaluation-harness as `lm_eval`, where any are asked for.
+
+    Turns the weights into the precision that the tasks are answered in.
+    """
+    config = run.evaluation.lm_eval
+    if config is None:
+        return {}
+    from training.harness import task_scores
+    from training.models import precision
+
+    batch_size = config.batch_size or run.evaluation.batch_size or run.training.batch_size
+    model = model.to(precision(run.model)).eval()
+    return {"lm_eval": task_scores(model, tokenizer, config, batch_size=batch_size, ranks=ranks)}
 
 
 def checkpoint_to_evaluate(run: TrainerRun, ranks: Ranks) -> Checkpoint:

@@ -307,6 +307,10 @@ class DpoConfig:
     sft_weight: float = 0.0
     """Weight of the chosen answer's mean cross entropy beside the loss."""
 
+    precompute_reference: bool = False
+    """Ask the reference about all answers once, before the first block, and keep what it says beside the prepared
+    data: no block then holds or runs a second model."""
+
     def __post_init__(self) -> None:
         problems = []
         if self.beta <= 0:
@@ -319,6 +323,8 @@ class DpoConfig:
             problems.append(f"finetuning.dpo.gamma is read by simpo only, not by {self.loss}")
         if self.sft_weight < 0:
             problems.append(f"finetuning.dpo.sft_weight must not be negative, got {self.sft_weight}")
+        if self.precompute_reference and not self.has_reference:
+            problems.append("finetuning.dpo.precompute_reference: simpo has no reference; leave it out")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -341,6 +347,9 @@ class KtoConfig:
     undesirable_weight: float = 1.0
     """Weight of the loss of undesirable answers."""
 
+    precompute_reference: bool = False
+    """As `finetuning.dpo.precompute_reference`."""
+
     has_reference = True
 
     def __post_init__(self) -> None:
@@ -362,6 +371,7 @@ class OrpoConfig:
     """Weight of the odds ratio beside the chosen answer's cross entropy."""
 
     has_reference = False
+    precompute_reference = False
 
     def __post_init__(self) -> None:
         if self.odds_weight <= 0:
@@ -379,6 +389,7 @@ class RewardConfig:
     """Weight of the squared sum of a pair's rewards, which keeps rewards around 0."""
 
     has_reference = False
+    precompute_reference = False
 
     def __post_init__(self) -> None:
         if self.margin < 0:
@@ -437,6 +448,42 @@ class FinetuningConfig:
 
 
 @dataclass(kw_only=True, frozen=True)
+class LmEvalConfig:
+    """Tasks of lm-evaluation-harness, for which .venv needs its package: pip install lm-eval."""
+
+    tasks: list[str]
+    """Names of tasks and groups, as `lm-eval ls tasks` lists them. Those that run a model's code are refused."""
+
+    num_fewshot: int | None = None
+    """Examples before each question. Unset: as each task says."""
+
+    limit: int | None = None
+    """Questions of each task. Unset: all."""
+
+    batch_size: int | None = None
+    """Rows per batch. Unset: `evaluation.batch_size`."""
+
+    apply_chat_template: bool = False
+    """Ask in the turns of the model's chat template."""
+
+    include_path: str | None = None
+    """A folder with tasks of your own, in the harness's YAML."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.tasks:
+            problems.append("evaluation.lm_eval.tasks names no task; name one, or leave evaluation.lm_eval out")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            problems.append(f"evaluation.lm_eval.num_fewshot must not be negative, got {self.num_fewshot}")
+        for key in ("limit", "batch_size"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                problems.append(f"evaluation.lm_eval.{key} must be at least 1, got {value}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+@dataclass(kw_only=True, frozen=True)
 class EvaluationConfig:
     """The last job of the chain: scores on the test split."""
 
@@ -448,6 +495,12 @@ class EvaluationConfig:
 
     batch_size: int | None = None
     """Rows per evaluation batch. Unset: `training.batch_size`."""
+
+    unprotected_code: bool = False
+    """Run answers that are code also on a machine that cannot protect itself from them, with what protection it has."""
+
+    lm_eval: LmEvalConfig | None = None
+    """Tasks of lm-evaluation-harness to score the model on."""
 
     def __post_init__(self) -> None:
         if self.limit < 0:

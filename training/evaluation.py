@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import torch
 
+from mixture.dataset_modules import ModuleScore
 from training.batches import ComputeLoss, PackedDataset, collate, even_shares
 from training.config import EvaluationConfig
 from training.distributed import Ranks, gather_on_all, sum_over_ranks
@@ -22,8 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NUM_EXAMPLES = 10
-
-Score = Callable[[str, dict[str, Any]], float]
+REPORT_S = 10.0
+MAX_SCORE_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class HeldOutLoss:
 class GenerationScore:
     """Mean score of greedy answers, and the first few answers."""
 
+    name: str
     score: float
     rows: int
     examples: list[dict[str, Any]]
@@ -85,7 +90,7 @@ def generation_score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions_file: Path,
-    score: Score,
+    score: ModuleScore,
     *,
     config: EvaluationConfig,
     batch_size: int,
@@ -95,18 +100,56 @@ def generation_score(
     questions = read_questions(questions_file, limit=config.limit)
     mine = questions[ranks.rank :: ranks.world_size]
     prompts = [prompt_text(question, tokenizer) for question in mine]
-    answers = generate(model, tokenizer, prompts, config=config, batch_size=batch_size)
+    answers = written_answers(model, tokenizer, prompts, config=config, batch_size=batch_size)
+    judged = judge(score, answers, [question["row"] for question in mine], ranks)
     scored = [
-        {"prompt": prompt, "prediction": answer, "score": float(score(answer, question["row"]))}
-        for question, prompt, answer in zip(mine, prompts, answers, strict=True)
+        {"prompt": prompt, "prediction": answer, "score": value}
+        for prompt, (answer, value) in zip(prompts, judged, strict=True)
     ]
     shares = gather_on_all(scored)
     everyone: list[dict[str, Any]] = [shares[row % len(shares)][row // len(shares)] for row in range(len(questions))]
     return GenerationScore(
+        name=score.name,
         score=sum(answer["score"] for answer in everyone) / len(everyone),
         rows=len(everyone),
         examples=everyone[:NUM_EXAMPLES],
     )
+
+
+def judge(
+    score: ModuleScore, answers: Iterable[tuple[int, str]], rows: Sequence[dict[str, Any]], ranks: Ranks
+) -> list[tuple[str, float]]:
+    """Each answer with its score, in the order of the rows. `answers` come in any order, each with its row's number.
+
+    Where the module's score may run in threads, answers are judged while the next ones are written.
+    """
+    found: dict[int, tuple[str, Future[float]]] = {}
+    started = told = time.monotonic()
+
+    def report() -> None:
+        done = [future.result() for _, future in found.values() if future.done()]  # or the error of one
+        seconds = time.monotonic() - started
+        print(f"answers: {len(found)} of {len(rows)} written, {len(done)} scored, {seconds:.0f} s", flush=True)
+
+    # The processors that this process may use; its job shares them among the processes of a node.
+    processors = len(os.sched_getaffinity(0)) // ranks.local_world_size
+    with ThreadPoolExecutor(max(1, min(processors, MAX_SCORE_THREADS))) as pool:
+        for number, answer in answers:
+            found[number] = answer, (pool.submit if score.in_threads else call)(score.function, answer, rows[number])
+            if ranks.is_main and time.monotonic() - told > REPORT_S:
+                told = time.monotonic()
+                report()
+        judged = [(found[number][0], float(found[number][1].result())) for number in range(len(rows))]
+    if ranks.is_main:
+        report()
+    return judged
+
+
+def call(function: Callable[..., float], *arguments: Any) -> Future[float]:
+    """The result of calling the function here and now."""
+    future: Future[float] = Future()
+    future.set_result(function(*arguments))
+    return future
 
 
 def read_questions(path: Path, *, limit: int) -> list[dict[str, Any]]:
@@ -132,15 +175,28 @@ def generate(
     batch_size: int,
 ) -> list[str]:
     """Greedy continuations, in the order of the prompts, up to `max_new_tokens` or the end of the turn."""
+    answers = dict(written_answers(model, tokenizer, prompts, config=config, batch_size=batch_size))
+    return [answers[number] for number in range(len(prompts))]
+
+
+def written_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    *,
+    config: EvaluationConfig,
+    batch_size: int,
+) -> Iterator[tuple[int, str]]:
+    """Greedy continuations as they are written, each with the number of its prompt: short prompts first."""
     device = next(model.parameters()).device
     stops = stop_token_ids(model, tokenizer)
     model.eval()
-    answers: list[str] = []
     # Prompts of like length share a batch, so that little of it is padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
         batch = tokenizer(
-            [prompts[index] for index in order[start : start + batch_size]],
+            [prompts[number] for number in numbers],
             padding=True,
             padding_side="left",
             # The chat template has put the control tokens there already.
@@ -157,9 +213,8 @@ def generate(
                 eos_token_id=stops,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        answers += tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    by_prompt = dict(zip(order, answers, strict=True))
-    return [by_prompt[index].strip() for index in range(len(prompts))]
+        texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        yield from ((number, text.strip()) for number, text in zip(numbers, texts, strict=True))
 
 
 def as_json(loss: HeldOutLoss | None, generated: GenerationScore | None, *, step: int, epoch: float) -> dict[str, Any]:
@@ -168,5 +223,5 @@ def as_json(loss: HeldOutLoss | None, generated: GenerationScore | None, *, step
     if loss:
         result |= asdict(loss)
     if generated:
-        result |= {"score": generated.score, "scored_rows": generated.rows, "examples": generated.examples}
+        result |= {generated.name: generated.score, "scored_rows": generated.rows, "examples": generated.examples}
     return result

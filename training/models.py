@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
@@ -200,11 +200,12 @@ def load_weights(
     attention: str | None,
     key: str = "model",
     device_map: str | None = None,
+    auto_model: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
     """The trained weights; unless told otherwise in float32, and as the base of an adapter in `precision(model)`."""
     dtype = dtype or (precision(model) if model.peft else torch.float32)
     try:
-        network = AutoModelForCausalLM.from_pretrained(
+        network = auto_model.from_pretrained(
             model.name,
             config=config,
             revision=model.revision,

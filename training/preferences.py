@@ -5,6 +5,7 @@ A batch is that of training/batches.py over the rows of its answers, S of them, 
     answer_tokens   list[int]        supervised tokens of each answer
     desirable       bool [S]         whether it is chosen or desirable; chosen and rejected ones alternate
     mismatched      Batch | absent   KTO: the same prompts with other answers, with `answer_tokens` of their own
+    reference       float32 [S]      what the reference says of them; absent where it is asked as training goes
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -23,6 +24,7 @@ from transformers.utils.generic import ModelOutput
 
 from mixture.preferences import role_of
 from mixture.shards import TokenRow
+from training.adapters import add_adapter, export_adapter, load_adapter_state
 from training.attention import check_packable, register_varlen_attention
 from training.batches import Batch, PackedDataset, collate, even_shares
 from training.config import ModelConfig, PreferenceConfig
@@ -30,14 +32,20 @@ from training.distributed import Ranks, gather_on_all, sum_over_ranks
 from training.evaluation import autocast, to_device
 from training.export import replacing
 from training.losses import linear_log_probabilities, logit_shape, output_head, supervised_places
-from training.models import load_model_config, where_tried
+from training.models import load_model_config, load_weights, precision
 from training.preference_losses import Answers, losses, scores
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # Tensors are named by shape. S answers, N supervised tokens.
 
 ANSWER_TOKENS = "answer_tokens"
 DESIRABLE = "desirable"
 MISMATCHED = "mismatched"
+REFERENCE = "reference"
+
+NOT_FOR_MODELS = (ANSWER_TOKENS, DESIRABLE, MISMATCHED, REFERENCE)
 
 ALL = "all"
 
@@ -78,13 +86,12 @@ def use_values(model: PreTrainedModel, values: Callable[..., torch.Tensor]) -> N
     model.forward = types.MethodType(forward, model)
 
 
-def build_reward_model(model: ModelConfig, *, seed: int, checkpoint: Path | None = None) -> PreTrainedModel:
-    """The model with one number as its head, read at an answer's last token; float32, on the CPU.
+def build_reward_model(model: ModelConfig, *, seed: int, checkpoint: Path | None = None) -> PreTrainedModel | PeftModel:
+    """The model with one number as its head, read at an answer's last token, on the CPU; with adapters where they are
+    wanted, beside which the head is trained in full.
 
-    As a checkpoint it is a sequence classifier of one label, which transformers loads.
+    All that is trained is float32. As a checkpoint it is a sequence classifier of one label, which transformers loads.
     """
-    if model.peft:
-        raise ValueError("model.peft: a reward model is trained in full; leave model.peft out")
     register_varlen_attention()
     config = load_model_config(model)
     config.num_labels = 1
@@ -94,22 +101,25 @@ def build_reward_model(model: ModelConfig, *, seed: int, checkpoint: Path | None
             config, dtype=torch.float32, attn_implementation=model.attention, trust_remote_code=model.trust_remote_code
         )
     else:
-        name = str(checkpoint) if checkpoint else model.name
-        try:
-            network = AutoModelForSequenceClassification.from_pretrained(
-                name,
-                config=config,
-                revision=None if checkpoint else model.revision,
-                dtype=torch.float32,
-                attn_implementation=model.attention,
-                trust_remote_code=model.trust_remote_code,
-            )
-        except OSError as error:
-            raise ValueError(
-                f"model.name: {name!r} has no weights that can be read. {where_tried(name)}\n{error}"
-            ) from error
+        in_full = checkpoint is not None and not model.peft
+        trained = replace(model, name=str(checkpoint), revision=None, adapters=[]) if in_full else model
+        network = load_weights(
+            trained, config, attention=model.attention, auto_model=AutoModelForSequenceClassification
+        )
     if model.attention == "varlen":
         check_packable(network)
+    use_rewards(network)
+    if not model.peft:
+        return network
+    network.score.float()
+    adapted = add_adapter(network, model, seed=seed, task="SEQ_CLS")
+    if checkpoint:
+        load_adapter_state(adapted, checkpoint)
+    return adapted
+
+
+def use_rewards(network: PreTrainedModel) -> None:
+    """Has the model's forward return the reward of each answer when it is given labels."""
 
     def values(network: Any, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
         hidden_TH = network.base_model(**inputs, use_cache=False)[0].flatten(0, 1)
@@ -117,34 +127,66 @@ def build_reward_model(model: ModelConfig, *, seed: int, checkpoint: Path | None
         return network.score(hidden_TH.index_select(0, last_S)).squeeze(-1).float()
 
     use_values(network, values)
-    return network
 
 
 def export_reward_model(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, step: int, dtype: torch.dtype
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, step: int, config: ModelConfig
 ) -> None:
-    """Write the model and its tokenizer to `folder`, whole or not at all, as a sequence classifier of one label."""
-    network.config.pad_token_id = tokenizer.pad_token_id  # by it transformers finds the last token
+    """Write the model and its tokenizer to `folder`, whole or not at all, as a sequence classifier of one label.
+
+    An adapter is written with its head as it is, float32; with `merge_adapter` the merged model goes to
+    `folder`/merged. The model given is used up.
+    """
+    model.config.pad_token_id = tokenizer.pad_token_id  # by it transformers finds the last token
     with replacing(folder, step=step) as temporary:
-        network.to(dtype).save_pretrained(temporary)
+        if config.peft:
+            export_adapter(model, temporary, config, step=step)
+            if config.merge_adapter:
+                merged = model.merge_and_unload(safe_merge=True)
+                merged.to(precision(config)).save_pretrained(temporary / "merged")
+                tokenizer.save_pretrained(temporary / "merged")
+        else:
+            model.to(precision(config)).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
 
 # --- batches
 
 
+@dataclass(frozen=True, slots=True)
+class ReferencedRow(TokenRow):
+    """One tokenised answer."""
+
+    reference: float
+    """Its log-probability under the reference, in nats."""
+
+    @classmethod
+    def of(cls, row: TokenRow, reference: float) -> ReferencedRow:
+        """A row with what the reference says of it."""
+        return cls(row.sample_id, row.input_ids, row.loss_mask, row.source, reference)
+
+
 @dataclass(frozen=True)
 class PreferenceCollate:
     """Packs of answers to their batch; picklable, since it may run in the data loader's processes."""
+
+    has_reference: bool = False
+    """Whether rows come as ReferencedRow."""
 
     def __call__(self, packs: Sequence[list[Any]]) -> Batch:
         rows: list[TokenRow] = [row for pack in packs for row in pack]
         answers = [row for row in rows if role_of(row) != MISMATCHED]
         mismatched = [row for row in rows if role_of(row) == MISMATCHED]
-        batch = answers_batch(answers)
+        batch = self.answers_batch(answers)
         batch[DESIRABLE] = torch.tensor([role_of(row) in ("chosen", "desirable") for row in answers], dtype=torch.bool)
         if mismatched:
-            batch[MISMATCHED] = answers_batch(mismatched)
+            batch[MISMATCHED] = self.answers_batch(mismatched)
+        return batch
+
+    def answers_batch(self, rows: list[TokenRow]) -> Batch:
+        batch = answers_batch(rows)
+        if self.has_reference:
+            batch[REFERENCE] = torch.tensor([row.reference for row in rows], dtype=torch.float32)  # type: ignore[attr-defined]
         return batch
 
 
@@ -186,7 +228,7 @@ def evaluating(network: torch.nn.Module) -> Iterator[None]:
 def values_of_answers(network: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The summed log-probability of each answer, [S], or its reward."""
     tokens: list[int] = batch[ANSWER_TOKENS]
-    inputs = {name: value for name, value in batch.items() if name not in (ANSWER_TOKENS, DESIRABLE, MISMATCHED)}
+    inputs = {name: value for name, value in batch.items() if name not in NOT_FOR_MODELS}
     values: torch.Tensor = network(**inputs).values
     if not tokens:  # a batch of no answers: nothing, but with a graph, so that all ranks do the same
         return values.sum() * torch.zeros(0, device=values.device)
@@ -201,6 +243,8 @@ class PreferenceLoss:
 
     config: PreferenceConfig
     reference: Reference | None
+    """To be asked about every batch; None where there is none, or where batches hold what it says."""
+
     policy: torch.nn.Module
     """The model itself, not what wraps it for training on several processes."""
 
@@ -238,7 +282,7 @@ class PreferenceLoss:
     def answers(self, model: torch.nn.Module, batch: Batch) -> Answers:
         """What policy and reference say of a batch."""
         policy_S = values_of_answers(model, batch)
-        reference_S = None
+        reference_S = batch[REFERENCE].to(policy_S) if REFERENCE in batch else None
         if self.reference is not None:
             with torch.no_grad(), self.reference.network() as network:
                 reference_S = values_of_answers(network, batch)
@@ -280,7 +324,7 @@ class ScoredAnswer:
 
 
 def held_out_preferences(
-    loss: PreferenceLoss, rows: PackedDataset, *, batch_size: int, ranks: Ranks
+    loss: PreferenceLoss, rows: PackedDataset, to_batch: PreferenceCollate, *, batch_size: int, ranks: Ranks
 ) -> dict[str, dict[str, float]]:
     """`loss`, `accuracy`, `margin` and `count` over all of `rows`, and of each source; the same on every process.
 
@@ -289,7 +333,6 @@ def held_out_preferences(
     device = next(loss.policy.parameters()).device
     mine: list[list[ScoredAnswer]] = []
     mismatched: list[Batch] = []
-    to_batch = PreferenceCollate()
     with torch.no_grad(), autocast(device, loss.precision), evaluating(loss.policy):
         for share in even_shares(len(rows), batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size):
             packs = [rows[index] for index in share]
