@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,8 +36,11 @@ NUM_AWAKE = "experts_awake"
 # ----------------------------------------------------------------------------------------------------------- put on
 
 
-def add_adapter(network: PreTrainedModel, model: ModelConfig, *, seed: int) -> PreTrainedModel | PeftModel:
-    """The frozen model with a new adapter of `model.peft_method`; the seed decides its weights.
+def add_adapter(
+    network: PreTrainedModel, model: ModelConfig, *, seed: int, leave_alone: str | None = None
+) -> PreTrainedModel | PeftModel:
+    """The frozen model with a new adapter of `model.peft_method`; the seed decides its weights. The part of the model
+    that is named `leave_alone` gets none.
 
     Raises ValueError, naming the key and the model's layers, where the adapter does not fit the model.
     """
@@ -48,9 +52,11 @@ def add_adapter(network: PreTrainedModel, model: ModelConfig, *, seed: int) -> P
     section = "model.lora" if model.peft_method in (*LORA_FAMILY, EXPERTS) and not model.adapter else "model.adapter"
     try:
         if model.peft_method == EXPERTS:
+            if leave_alone is not None:
+                raise ValueError("it cannot leave the vision tower alone; use lora, or set model.train_vision: true")
             lora_experts.add_lora_experts(network, experts_shape(model), num_awake=model.experts.num)
             return network
-        adapted = peft.get_peft_model(network, peft_config(model))
+        adapted = peft.get_peft_model(network, peft_config(model, leave_alone))
         if not any(weight.requires_grad for weight in adapted.parameters()):
             raise ValueError("it matches no layer, so nothing would be trained")
         output_head(network)
@@ -92,11 +98,16 @@ def experts_shape(model: ModelConfig) -> ExpertsShape:
     )
 
 
-def peft_config(model: ModelConfig) -> Any:
-    """The config object of peft for `model.peft_method`."""
+def peft_config(model: ModelConfig, leave_alone: str | None = None) -> Any:
+    """The config object of peft for `model.peft_method`, which leaves alone the part of the model of this name."""
     import peft
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    options = dict(model.adapter)
+    if leave_alone is not None:
+        if "exclude_modules" not in adapter_method(model.peft_method).options:
+            raise ValueError("it cannot leave the vision tower alone; use lora, or set model.train_vision: true")
+        options.setdefault("exclude_modules", rf"{re.escape(leave_alone)}\..*")
     if model.peft_method in LORA_FAMILY:
         return peft.LoraConfig(
             task_type="CAUSAL_LM",
@@ -107,9 +118,8 @@ def peft_config(model: ModelConfig) -> Any:
             modules_to_save=model.lora.modules_to_save or None,
             use_dora=model.peft_method == "dora",
             use_rslora=model.peft_method == "rslora",
-            **model.adapter,
+            **options,
         )
-    options = dict(model.adapter)
     if "target_modules" in adapter_method(model.peft_method).options and model.peft_method not in OWN_TARGETS:
         options.setdefault("target_modules", "all-linear")
     if model.peft_method == "adalora":

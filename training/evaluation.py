@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import torch
 
-from training.batches import ComputeLoss, PackedDataset, collate, even_shares
+from training.batches import Collate, ComputeLoss, PackedDataset, collate, even_shares
 from training.config import EvaluationConfig
 from training.distributed import Ranks, gather_on_all, sum_over_ranks
 from training.models import stop_token_ids
@@ -52,6 +52,7 @@ def held_out_loss(
     batch_size: int,
     precision: torch.dtype,
     ranks: Ranks,
+    collate: Collate = collate,
 ) -> HeldOutLoss:
     """Loss on all of `rows`, spread over the processes. Leaves random states and the model's mode as they were."""
     device = next(model.parameters()).device
