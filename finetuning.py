@@ -1,4 +1,4 @@
-"""Finetune a language model on texts, answers or preferences: one block of a chain, and the scores after the last.
+"""Finetune a language model on texts, images or preferences: one block of a chain, and the scores after the last.
 
 train(run)      resume the newest valid checkpoint, train to the next boundary, commit a checkpoint
 evaluate(run)   score the newest valid checkpoint on the test split
@@ -7,7 +7,7 @@ evaluate(run)   score the newest valid checkpoint on the test split
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from training.block import (
@@ -19,6 +19,7 @@ from training.block import (
     export_trained,
     harness_scores,
     held_out_scores,
+    loss_on_test_split,
     make_trainer,
     open_prepared,
     record_evaluation,
@@ -33,11 +34,12 @@ from training.run import BlockResult, FinetuningRun
 # torch and transformers take seconds to import, and a block with nothing left to do should not wait for them.
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
     from training.batches import PackedDataset
     from training.preferences import PreferenceCollate, PreferenceLoss, Reference
     from training.trainer import BlockTrainer
+    from training.vision import ImageCollate
 
 
 def train(run: FinetuningRun) -> BlockResult:
@@ -54,6 +56,16 @@ def build_trainer(run: FinetuningRun, start: BlockStart) -> BlockTrainer:
     if run.finetuning.preference is not None:
         return build_preference_trainer(run, start)
     model = build_model(run, start.checkpoint)
+    if start.prepared.has_images:
+        return make_trainer(
+            with_unused_parameters(run),
+            start,
+            model=model,
+            rows=build_data(run, "train"),
+            compute_loss=compute_loss,
+            objective=run.finetuning.objective,
+            collate=image_collate(run),
+        )
     return make_trainer(
         run,
         start,
@@ -82,6 +94,23 @@ def build_preference_trainer(run: FinetuningRun, start: BlockStart) -> BlockTrai
     )
 
 
+def with_unused_parameters(run: FinetuningRun) -> FinetuningRun:
+    """The run, told that some batches leave a part of the model out: texts without images, and the heads of vision
+    towers that the language model does not read."""
+    arguments = {"ddp_find_unused_parameters": True, **run.training.arguments}
+    return replace(run, training=replace(run.training, arguments=arguments))
+
+
+def image_collate(run: FinetuningRun) -> ImageCollate:
+    """What makes batches of rows with images: the dataset module's collator, or ours where it has none."""
+    from mixture.image_preparation import collator_for
+    from training.models import load_processor
+    from training.vision import ImageCollate
+
+    collate, _ = collator_for(run.module, load_processor(run.model), run.dataset)
+    return ImageCollate(collate, filler=build_data(run, "train")[0][0])
+
+
 def objective(run: FinetuningRun) -> str:
     """All that shapes the loss of preferences, in words: a checkpoint is resumed under these settings only."""
     assert run.finetuning.preference is not None
@@ -99,7 +128,8 @@ def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module
         from training.preferences import build_reward_model
 
         return build_reward_model(run.model, seed=run.seed, checkpoint=checkpoint)
-    model = models.build_model(run.model, seed=run.seed, checkpoint=checkpoint)
+    reads_images = open_prepared(run).has_images
+    model = models.build_model(run.model, seed=run.seed, checkpoint=checkpoint, reads_images=reads_images)
     if run.finetuning.preference is not None:
         from training.adapters import is_adapter
         from training.preferences import use_log_probabilities
@@ -109,11 +139,11 @@ def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module
     return model
 
 
-def build_tokenizer(run: FinetuningRun) -> PreTrainedTokenizerBase:
-    """The tokenizer that made the data."""
-    from training.models import load_tokenizer
+def build_tokenizer(run: FinetuningRun) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The tokenizer, or for rows with images the processor, that made the data."""
+    from training.models import load_processor, load_tokenizer
 
-    return load_tokenizer(run.model)
+    return load_processor(run.model) if open_prepared(run).has_images else load_tokenizer(run.model)
 
 
 def compute_loss(model: torch.nn.Module, batch: dict[str, Any], num_items: torch.Tensor) -> torch.Tensor:
@@ -194,7 +224,8 @@ def export(run: FinetuningRun, end: Checkpoint) -> None:
 def block_scores(run: FinetuningRun, trainer: BlockTrainer) -> dict[str, float]:
     """What is told of a block's end: the loss on the test split, of preferences also accuracy and margin."""
     if run.finetuning.preference is None:
-        return held_out_scores(run, trainer, compute_loss)
+        collate = image_collate(run) if open_prepared(run).has_images else None
+        return held_out_scores(run, trainer, compute_loss, collate)
     if not open_prepared(run).splits.get("test"):
         return {}
     found = held_out_preferences(run, trainer.loss, trainer.ranks)["all"]
@@ -222,12 +253,39 @@ def evaluate(run: FinetuningRun) -> dict[str, Any]:
     ranks = Ranks.of_environment()
     checkpoint = checkpoint_to_evaluate(run, ranks)
     model = build_model(run, checkpoint).to(device_of_process())
-    if run.finetuning.preference is None:
+    if open_prepared(run).has_images:
+        result = scores_on_images(run, model, checkpoint, ranks)
+    elif run.finetuning.preference is None:
         result = scores_on_test_split(run, model, build_tokenizer(run), compute_loss, checkpoint, ranks)
     else:
         result = preference_scores(run, model, checkpoint, ranks)
     record_evaluation(run, result, ranks)
     return result
+
+
+def scores_on_images(run: FinetuningRun, model: Any, checkpoint: Checkpoint, ranks: Ranks) -> dict[str, Any]:
+    """What evaluation.json holds of a model that learned from rows with images."""
+    from mixture.dataset_modules import score_function
+    from training.evaluation import as_json
+    from training.models import load_processor, precision
+    from training.vision import scored_answers_about_images
+
+    assert run.module is not None, "rows with images come from a dataset module"
+    collate = image_collate(run)
+    loss = loss_on_test_split(run, model, compute_loss, ranks, collate)
+    score = score_function(run.module)
+    generated = None
+    if score and run.evaluation.limit:
+        generated = scored_answers_about_images(
+            model.to(precision(run.model)),
+            load_processor(run.model),
+            build_data(run, "test"),
+            collate,
+            score,
+            config=run.evaluation,
+            ranks=ranks,
+        )
+    return as_json(loss, generated, step=checkpoint.step, epoch=checkpoint.epoch)
 
 
 def preference_scores(run: FinetuningRun, model: Any, checkpoint: Checkpoint, ranks: Ranks) -> dict[str, Any]:

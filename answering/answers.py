@@ -45,8 +45,9 @@ from mixture.prepare import (
     data_key,
     file_digest,
     input_splits,
-    load_tokenizer,
+    load_processor,
     remove_stale,
+    rows_of_module,
 )
 from mixture.rationales import RATIONALE
 from mixture.render import RefusedByTemplateError, Renderer
@@ -159,7 +160,10 @@ def write_rows(request: AnswersRequest, report: Report) -> list[int]:
 
 def write_splits(request: AnswersRequest, working: Path, rows: Path, report: Report) -> list[int]:
     """Write the files of a rows folder; returns the stage of each shard."""
-    splits = input_splits(request.rows, working, load_tokenizer(request.rows), report)
+    given = rows_of_module(request.rows, load_processor(request.rows), report)
+    if given is not None and given.hold_images:
+        raise ValueError(f"{given.module.path}: the rows hold images, and answers are written to texts only")
+    splits = input_splits(request.rows, given, working, report)
     stages: list[int] = []
     for stage, lines in groupby(staged_lines(splits["train"], request.rows), key=itemgetter(0)):
         while shard := list(islice(lines, request.answers.shard_rows)):

@@ -14,6 +14,7 @@ import orjson
 import xxhash
 
 from mixture.config import DatasetConfig
+from mixture.image_rows import without_decoding
 
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -36,7 +37,7 @@ class HubSource:
     commercial_use: bool | None
     """Whether the licence allows commercial use. None: not known, or it differs from row to row."""
     format: str
-    """Row format, by its name in mixture.formats."""
+    """Row format, by its name in mixture.formats; `images` for what mixture/image_dialogues.py reads."""
     rows: dict[str, int | None] = field(default_factory=dict)
     """The splits, by the names to ask for them with, and their rows; None where the number is not known."""
     splits: dict[str, str] = field(default_factory=dict)
@@ -229,9 +230,14 @@ def split_part(rows: Any, dataset_config: Any, split: str, split_ratio: float) -
 def row_hashes(rows: Any) -> npt.NDArray[np.uint64]:
     """A 64-bit hash of each row's content."""
     option = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS
+    files, _ = without_decoding(rows)  # an image is as equal as its file
     return np.array(
-        [xxhash.xxh3_64_intdigest(orjson.dumps(row, option=option, default=str)) for row in rows], np.uint64
+        [xxhash.xxh3_64_intdigest(orjson.dumps(row, option=option, default=plain_value)) for row in files], np.uint64
     )
+
+
+def plain_value(value: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(value) if isinstance(value, bytes) else str(value)
 
 
 def absolute_data_files(config: DatasetConfig, *, config_folder: Path, project: Path) -> DatasetConfig:

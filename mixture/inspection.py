@@ -6,10 +6,12 @@ import ast
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
@@ -18,8 +20,11 @@ from rich.text import Text
 from mixture.dataset_modules import check_module, data_collator, load_rows, parse_module, score_function
 from mixture.formats import canonical_sample, detect_format
 from mixture.hub import HubSource
+from mixture.image_dialogues import IGNORED, NotForDialogueError
+from mixture.image_preparation import check_settings, collator_for, has_images, token_counts
+from mixture.image_rows import RowEncoder
 from mixture.preferences import renderer_for
-from mixture.prepare import PreparationRequest, load_tokenizer
+from mixture.prepare import PreparationRequest, load_processor, with_first
 from mixture.shards import TokenRow
 
 ROWS_SHOWN = 2
@@ -68,24 +73,27 @@ def check_dataset(request: PreparationRequest) -> DatasetReport:
     """Load two rows of each split and make tokens of them; ValueError as the prepare step would raise it."""
     assert request.module is not None, "a mixture's rows come from no module"
     check_module(request.module)
-    tokenizer = load_tokenizer(request)
+    processor = load_processor(request)
     limit = min(ROWS_SHOWN, request.dataset.limit or ROWS_SHOWN)
     dataset = replace(request.dataset, limit=limit)
     notes: list[str] = []
     loaded: dict[str, Any] = {}
     for split in dict.fromkeys((dataset.train_split, dataset.test_split)):
-        loaded[split] = load_rows(request.module, dataset, split, tokenizer, None if loaded else notes.append)
-    collator = data_collator(request.module, tokenizer, dataset)
+        loaded[split] = load_rows(request.module, dataset, split, processor, None if loaded else notes.append)
+    collator = data_collator(request.module, processor, dataset)
     score = score_function(request.module)
     objects = {"get_data_collator's result": collator, "score": score}
     source = request.module.path.stem
+    first, loaded[dataset.train_split] = with_first(loaded[dataset.train_split])
+    if first is not None and has_images(first, request.module, processor):
+        report_on = ImageRowReports(request, processor).report
+    else:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        report_on = partial(report_row, request, tokenizer, source=source)
     return DatasetReport(
         module=request.module.path,
         splits={
-            split: [
-                report_row(request, tokenizer, row, source=source, row_id=f"{split}-{index}")
-                for index, row in enumerate(islice(rows, 2))
-            ]
+            split: [report_on(row, row_id=f"{split}-{index}") for index, row in enumerate(islice(rows, 2))]
             for split, rows in loaded.items()
         },
         notes=notes,
@@ -117,6 +125,38 @@ def report_row(
         labelled_share=labelled / tokens if tokens else 0.0,
         dropped=", ".join(renderer.dropped) or None,
     )
+
+
+class ImageRowReports:
+    """Reports on rows with images, from the batches that training would get of them."""
+
+    def __init__(self, request: PreparationRequest, processor: Any) -> None:
+        check_settings(request.objective, request.dataset)
+        self.max_length = request.dataset.max_length
+        self.decode = processor.tokenizer.decode
+        self.collate, is_own = collator_for(request.module, processor, request.dataset)
+        self.encoder = RowEncoder(reads_files=not is_own)
+
+    def report(self, row: Mapping[str, Any], *, row_id: str) -> RowReport:
+        """The report on one row; ValueError names the key that is wrong."""
+        columns = {str(name): described(value) for name, value in row.items()}
+        try:
+            batch = self.collate([self.encoder.encoded(row).read()])
+        except NotForDialogueError as error:
+            return RowReport("images", columns, 0, [], 0.0, str(error))
+        except ValueError as error:
+            raise ValueError(f"row {row_id}: {error}") from error
+        counts = token_counts(batch)
+        labels = np.asarray(batch["labels"])[0]
+        tokens = TokenRow(row_id, np.asarray(batch["input_ids"])[0], labels != IGNORED, "")
+        return RowReport(
+            format="images",
+            columns=columns,
+            tokens=counts.tokens,
+            segments=decoded_segments(self.decode, tokens),
+            labelled_share=counts.loss_tokens / counts.tokens,
+            dropped="longer than max_length" if counts.tokens > self.max_length else None,
+        )
 
 
 def described(value: Any) -> str:

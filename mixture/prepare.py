@@ -11,8 +11,8 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from itertools import groupby, islice
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +42,8 @@ READ_BYTES = 1 << 20
 REPORT_EVERY_SECONDS = 30
 STALE_AFTER_SECONDS = 24 * 3600
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".py")
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 MIXTURE_KEY = re.compile("[0-9a-f]{16}")
 
@@ -107,6 +109,8 @@ class PreparedData:
     splits: dict[str, SplitStats | None] = field(default_factory=dict)
     """`train`, and `test` where there is one."""
     has_score: bool = False
+    has_images: bool = False
+    """Whether its rows are those of mixture/image_rows.py, for a processor, and not token rows."""
 
     @classmethod
     def open(cls, folder: Path) -> PreparedData | None:
@@ -117,7 +121,13 @@ class PreparedData:
         splits: dict[str, SplitStats | None] = {
             name: SplitStats.from_json(split) for name, split in stats["splits"].items()
         }
-        return cls(folder=folder, fingerprint=stats["fingerprint"], splits=splits, has_score=stats["has_score"])
+        return cls(
+            folder=folder,
+            fingerprint=stats["fingerprint"],
+            splits=splits,
+            has_score=stats["has_score"],
+            has_images=stats.get("has_images", False),
+        )
 
 
 # --- the key
@@ -280,11 +290,52 @@ def adopt(working: Path, folder: Path, report: Report) -> None:
 
 def write_prepared(request: PreparationRequest, folder: Path, report: Report, workers: int) -> None:
     """Write all files of prepared data, the marker last."""
-    tokenizer = load_tokenizer(request)
+    processor = load_processor(request)
     dataset = request.dataset
-    has_score = request.module is not None and score_function(request.module) is not None
     # All splits before any is written: a missing test split should not cost the time of writing the train split.
-    inputs = input_splits(request, folder, tokenizer, report)
+    rows = rows_of_module(request, processor, report)
+    if rows and rows.hold_images:
+        dataset = replace(dataset, packing=False)
+        splits = write_image_splits(request, rows, processor, folder)
+    else:
+        splits = write_token_splits(request, rows, getattr(processor, "tokenizer", processor), folder, report, workers)
+    written: dict[str, SplitStats] = {}
+    fingerprint = xxhash.xxh3_128()
+    for split in splits:
+        written[split.name] = split.stats
+        fingerprint.update(split.digest)
+        for line in summary(split.name, split.stats, dataset):
+            report(line)
+    stats = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint.hexdigest(),
+        "has_score": request.module is not None and score_function(request.module) is not None,
+        "has_images": bool(rows and rows.hold_images),
+        "objective": request.objective,
+        "tokenizer": request.tokenizer,
+        "mixture": str(request.mixture) if request.mixture else None,
+        "max_length": dataset.max_length,
+        "splits": {name: asdict(split) for name, split in written.items()},
+    }
+    write_whole(folder / "stats.json", orjson.dumps(stats, option=orjson.OPT_INDENT_2), synced=True)
+    write_whole(folder / MARKER, fingerprint.hexdigest().encode(), synced=True)
+
+
+@dataclass(frozen=True)
+class WrittenSplit:
+    """A split on disk: its counts, and a digest of all that is read in training."""
+
+    name: str
+    stats: SplitStats
+    digest: bytes
+
+
+def write_token_splits(
+    request: PreparationRequest, rows: RowsOfModule | None, tokenizer: Any, folder: Path, report: Report, workers: int
+) -> Iterator[WrittenSplit]:
+    """Write texts and conversations as token shards and packs."""
+    dataset = request.dataset
+    inputs = input_splits(request, rows, folder, report)
     renderer = renderer_for(
         request.objective,
         tokenizer,
@@ -294,40 +345,106 @@ def write_prepared(request: PreparationRequest, folder: Path, report: Report, wo
     )
     tokenising = Tokenising(renderer, dataset.tokenizer_backend, workers, report)
     rows_per_unit = ROWS_PER_UNIT if is_preference(request.objective) else 1
-    splits: dict[str, SplitStats] = {}
-    fingerprint = xxhash.xxh3_128()
     for name, split in inputs.items():
         writer = SplitWriter(dataset, folder, name, report, rows_per_unit=rows_per_unit)
-        splits[name] = writer.write(split, tokenising)
-        fingerprint.update(writer.digest)
-        for line in summary(name, splits[name], dataset):
-            report(line)
+        stats = writer.write(split, tokenising)
+        yield WrittenSplit(name, stats, writer.digest)
         if name == "train" and writer.never_ends_turns:
             report("warning: the chat template closes answers with no special token, so the model cannot learn to stop")
-    stats = {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": fingerprint.hexdigest(),
-        "has_score": has_score,
-        "objective": request.objective,
-        "tokenizer": request.tokenizer,
-        "mixture": str(request.mixture) if request.mixture else None,
-        "max_length": dataset.max_length,
-        "splits": {name: asdict(split) for name, split in splits.items()},
-    }
-    write_whole(folder / "stats.json", orjson.dumps(stats, option=orjson.OPT_INDENT_2), synced=True)
-    write_whole(folder / MARKER, fingerprint.hexdigest().encode(), synced=True)
+
+
+def write_image_splits(
+    request: PreparationRequest, rows: RowsOfModule, processor: Any, folder: Path
+) -> Iterator[WrittenSplit]:
+    """Write rows with images, each a pack of its own."""
+    from mixture.image_preparation import ImageSplitWriter, check_settings
+
+    if request.mixture is not None:
+        raise ValueError(f"{request.module}: a mixture cannot stand beside rows with images")
+    check_settings(request.objective, request.dataset)
+    writer = ImageSplitWriter(rows.module, processor, request.dataset, folder)
+    for name, split in (("train", rows.train), ("test", rows.test)):
+        found = writer.write(split, name, rows.source)
+        if not found.samples:
+            raise ValueError(f"split {name}: {rows.module.path} returned 0 rows")
+        if not found.rows:
+            raise nothing_left(name, found.samples, found.dropped)
+        write_packs(folder, name, single_packs(found.rows))
+        source = SourceStats(samples=found.samples, rows=found.rows, tokens=found.tokens, loss_tokens=found.loss_tokens)
+        stats = SplitStats(
+            samples=found.samples,
+            formats={"rows with images": found.samples},
+            rows=found.rows,
+            dropped=found.dropped,
+            longer_than_max_length=found.longer_than_max_length,
+            rationale_tokens=0,
+            tokens=found.tokens,
+            loss_tokens=found.loss_tokens,
+            packs=found.rows,
+            stages=[0],
+            sources={rows.source: source},
+        )
+        yield WrittenSplit(name, stats, found.digest)
+
+
+def nothing_left(name: str, samples: int, dropped: dict[str, int] | Counter[str]) -> ValueError:
+    return ValueError(f"split {name}: none of {samples} rows is left to learn from; dropped: {counted(dropped)}")
+
+
+def load_processor(request: PreparationRequest) -> Any:
+    """The processor of an image-text model, or the tokenizer of any other; ValueError where it cannot be loaded."""
+    tokenizer = load_tokenizer(request)
+    if not has_processor_files(request):
+        return tokenizer
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(
+            local_or_hub(request), revision=request.revision, trust_remote_code=request.trust_remote_code
+        )
+    except ImportError as error:
+        raise ValueError(
+            f"model.name: the processor of {request.tokenizer!r} needs a package that is not installed: {error}"
+        ) from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"model.name: cannot load a processor from {request.tokenizer!r}: {error}") from error
+    if getattr(processor, "image_processor", None) is None:
+        return tokenizer
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+def has_processor_files(request: PreparationRequest) -> bool:
+    """Whether the model comes with settings of a processor."""
+    from transformers.utils import cached_file
+
+    return any(
+        cached_file(
+            local_or_hub(request),
+            name,
+            revision=request.revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        for name in PROCESSOR_FILES
+    )
+
+
+def local_or_hub(request: PreparationRequest) -> str:
+    """The tokenizer's folder with its home folder expanded, or its hub id."""
+    folder = Path(request.tokenizer).expanduser()
+    return str(folder) if folder.is_dir() else request.tokenizer
 
 
 def load_tokenizer(request: PreparationRequest) -> Any:
     """The tokenizer of a request; ValueError where there is none under that name."""
     from transformers import AutoTokenizer
 
-    folder = Path(request.tokenizer).expanduser()
     try:
         return AutoTokenizer.from_pretrained(
-            str(folder) if folder.is_dir() else request.tokenizer,
-            revision=request.revision,
-            trust_remote_code=request.trust_remote_code,
+            local_or_hub(request), revision=request.revision, trust_remote_code=request.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model.tokenizer: cannot load a tokenizer from {request.tokenizer!r}: {error}") from error
@@ -402,9 +519,7 @@ class SplitWriter:
             )
         lengths = np.array(tokens.lengths, dtype=np.int32)
         if not len(lengths):
-            raise ValueError(
-                f"split {self.name}: none of {samples} rows is left to learn from; dropped: {counted(dropped)}"
-            )
+            raise nothing_left(self.name, samples, dropped)
         if stage_starts[-1] == len(lengths) > 0:
             stage_starts.pop()  # nothing is left of the last stage
         units = lengths.reshape(-1, self.rows_per_unit).sum(1, dtype=np.int32)
@@ -432,28 +547,65 @@ class SplitWriter:
         )
 
 
-def input_splits(request: PreparationRequest, folder: Path, tokenizer: Any, report: Report) -> dict[str, SplitInput]:
+def input_splits(
+    request: PreparationRequest, rows: RowsOfModule | None, folder: Path, report: Report
+) -> dict[str, SplitInput]:
     """The splits of a request; a module writes its rows to `folder` while they are read."""
-    if request.module is None:
+    if rows is None:
         return mixture_splits(request)
-    splits = module_splits(request, folder, tokenizer, report)
+    splits = module_splits(rows, folder, report)
     return splits if request.mixture is None else {**splits, "train": mixture_splits(request)["train"]}
 
 
 # --- rows of a dataset module
 
 
-def module_splits(request: PreparationRequest, folder: Path, tokenizer: Any, report: Report) -> dict[str, SplitInput]:
-    """Both splits of a dataset module."""
+@dataclass(frozen=True, kw_only=True)
+class RowsOfModule:
+    """Both splits of a dataset module, as it returned them."""
+
+    module: ModuleFile
+    source: str
+    train: Iterable[Any]
+    test: Iterable[Any]
+    hold_images: bool
+
+
+def rows_of_module(request: PreparationRequest, processor: Any, report: Report) -> RowsOfModule | None:
+    """What the dataset module of a request returns for both splits, and whether a processor is to read it; or None."""
+    from mixture.image_preparation import has_images
+
     module, dataset = request.module, request.dataset
-    assert module is not None
-    has_score = score_function(module) is not None
-    train = load_rows(module, dataset, dataset.train_split, tokenizer, report)
-    test = load_rows(module, dataset, dataset.test_split, tokenizer, None)
-    source = dataset.name or module.path.stem
+    if module is None:
+        return None
+    train = load_rows(module, dataset, dataset.train_split, processor, report)
+    test = load_rows(module, dataset, dataset.test_split, processor, None)
+    first, train = with_first(train)
+    return RowsOfModule(
+        module=module,
+        source=dataset.name or module.path.stem,
+        train=train,
+        test=test,
+        hold_images=first is not None and has_images(first, module, processor),
+    )
+
+
+def with_first(rows: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The first row, or None, and all rows; those that can be read only once are not read twice."""
+    if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
+        return rows[0], rows
+    iterator = iter(rows)
+    head = list(islice(iterator, 1))
+    return (head[0] if head else None), chain(head, iterator)
+
+
+def module_splits(rows: RowsOfModule, folder: Path, report: Report) -> dict[str, SplitInput]:
+    """Both splits of a dataset module with texts and conversations."""
+    path, source = rows.module.path, rows.source
+    has_score = score_function(rows.module) is not None
     return {
-        "train": ModuleRows(train, module.path, folder, "train", source, report, keep_raw_rows=False),
-        "test": ModuleRows(test, module.path, folder, "test", source, report, keep_raw_rows=has_score),
+        "train": ModuleRows(rows.train, path, folder, "train", source, report, keep_raw_rows=False),
+        "test": ModuleRows(rows.test, path, folder, "test", source, report, keep_raw_rows=has_score),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,11 +40,16 @@ Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 
 
 def add_adapter(
-    network: PreTrainedModel, model: ModelConfig, *, seed: int, task: Task = "CAUSAL_LM"
+    network: PreTrainedModel,
+    model: ModelConfig,
+    *,
+    seed: int,
+    task: Task = "CAUSAL_LM",
+    leave_alone: str | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The frozen model with a new adapter of `model.peft_method`; the seed decides its weights.
 
-    The head of a classifier is trained in full beside it.
+    The part of the model that is named `leave_alone` gets none. The head of a classifier is trained in full beside it.
 
     Raises ValueError, naming the key and the model's layers, where the adapter does not fit the model.
     """
@@ -55,9 +61,11 @@ def add_adapter(
     section = "model.lora" if model.peft_method in (*LORA_FAMILY, EXPERTS) and not model.adapter else "model.adapter"
     try:
         if model.peft_method == EXPERTS:
+            if leave_alone is not None:
+                raise ValueError("it cannot leave the vision tower alone; use lora, or set model.train_vision: true")
             lora_experts.add_lora_experts(network, experts_shape(model), num_awake=model.experts.num)
             return network
-        adapted = peft.get_peft_model(network, peft_config(model, task))
+        adapted = peft.get_peft_model(network, peft_config(model, task, leave_alone))
         if not any(weight.requires_grad for weight in adapted.parameters()):
             raise ValueError("it matches no layer, so nothing would be trained")
         if task == "CAUSAL_LM":
@@ -102,11 +110,16 @@ def experts_shape(model: ModelConfig) -> ExpertsShape:
     )
 
 
-def peft_config(model: ModelConfig, task: Task) -> Any:
-    """The config object of peft for `model.peft_method`."""
+def peft_config(model: ModelConfig, task: Task, leave_alone: str | None) -> Any:
+    """The config object of peft for `model.peft_method`, which leaves alone the part of the model of this name."""
     import peft
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    options = dict(model.adapter)
+    if leave_alone is not None:
+        if "exclude_modules" not in adapter_method(model.peft_method).options:
+            raise ValueError("it cannot leave the vision tower alone; use lora, or set model.train_vision: true")
+        options.setdefault("exclude_modules", rf"{re.escape(leave_alone)}\..*")
     if model.peft_method in LORA_FAMILY:
         return peft.LoraConfig(
             task_type=task,
@@ -117,9 +130,8 @@ def peft_config(model: ModelConfig, task: Task) -> Any:
             modules_to_save=model.lora.modules_to_save or None,
             use_dora=model.peft_method == "dora",
             use_rslora=model.peft_method == "rslora",
-            **model.adapter,
+            **options,
         )
-    options = dict(model.adapter)
     if "target_modules" in adapter_method(model.peft_method).options and model.peft_method not in OWN_TARGETS:
         options.setdefault("target_modules", "all-linear")
     if model.peft_method == "adalora":

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from mixture.image_rows import ImageRows
 from mixture.packing import Packs
 from mixture.shards import TokenRow, TokenRows
 
@@ -35,7 +36,7 @@ Collate = Callable[[Sequence[list[Any]]], Batch]
 class PackedDataset(Dataset[list[Any]]):
     """The packs of a split; each is the list of samples that share a row. Unpacked data has one sample in each."""
 
-    def __init__(self, rows: TokenRows, packs: Packs):
+    def __init__(self, rows: TokenRows | ImageRows, packs: Packs):
         self.rows = rows
         self.packs = packs
 

@@ -21,10 +21,10 @@ from training.stopping import StopPoll
 # torch and transformers take seconds to import, and a block with nothing left to do should not wait for them.
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
     from training.batches import Collate, ComputeLoss, PackedDataset
-    from training.evaluation import GenerationScore
+    from training.evaluation import GenerationScore, HeldOutLoss
     from training.trainer import BeginStep, BlockTrainer, ExtraMetrics
 
 
@@ -166,10 +166,12 @@ def make_trainer(
 
 def build_data(run: TrainerRun, split: str) -> PackedDataset:
     """The packs of a split, memory-mapped."""
+    from mixture.image_rows import ImageRows
     from mixture.shards import TokenRows, read_packs
     from training.batches import PackedDataset
 
-    return PackedDataset(TokenRows.open(run.prepared, split), read_packs(run.prepared, split))
+    rows = ImageRows if open_prepared(run).has_images else TokenRows
+    return PackedDataset(rows.open(run.prepared, split), read_packs(run.prepared, split))
 
 
 def record_block_end(run: TrainerRun, trainer: BlockTrainer, end: Checkpoint, scores: dict[str, float]) -> None:
@@ -179,22 +181,33 @@ def record_block_end(run: TrainerRun, trainer: BlockTrainer, end: Checkpoint, sc
         run.folder.record_event("block_end", step=end.step, epoch=end.epoch, block=block, **scores)
 
 
-def held_out_scores(run: TrainerRun, trainer: BlockTrainer, compute_loss: ComputeLoss) -> dict[str, float]:
+def held_out_scores(
+    run: TrainerRun, trainer: BlockTrainer, compute_loss: ComputeLoss, collate: Collate | None = None
+) -> dict[str, float]:
     """The loss on the test split, where there is one."""
+    result = loss_on_test_split(run, trainer.model, compute_loss, trainer.ranks, collate)
+    return {"eval_loss": result.loss, "eval_perplexity": result.perplexity} if result else {}
+
+
+def loss_on_test_split(
+    run: TrainerRun, model: Any, compute_loss: ComputeLoss, ranks: Ranks, collate: Collate | None = None
+) -> HeldOutLoss | None:
+    """The loss on the test split; None where there is none."""
+    from training.batches import collate as plain_collate
     from training.evaluation import held_out_loss
     from training.models import precision
 
     if not open_prepared(run).splits.get("test"):
-        return {}
-    result = held_out_loss(
-        trainer.model,
+        return None
+    return held_out_loss(
+        model,
         build_data(run, "test"),
         compute_loss,
         batch_size=run.evaluation.batch_size or run.training.batch_size,
         precision=precision(run.model),
-        ranks=trainer.ranks,
+        ranks=ranks,
+        collate=collate or plain_collate,
     )
-    return {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
 
 
 def export_folder(run: TrainerRun) -> Path:
@@ -202,8 +215,10 @@ def export_folder(run: TrainerRun) -> Path:
     return Path(run.model.checkpoint_dir).expanduser() if run.model.checkpoint_dir else run.folder.export
 
 
-def export_trained(run: TrainerRun, model: Any, tokenizer: PreTrainedTokenizerBase, end: Checkpoint) -> None:
-    """Write the trained model, and the tokenizer that it was trained with, where `from_pretrained` can read it."""
+def export_trained(
+    run: TrainerRun, model: Any, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, end: Checkpoint
+) -> None:
+    """Write the trained model, and the tokenizer or processor that it was trained with, as `from_pretrained` reads."""
     from training.models import export_model
 
     export_model(model, tokenizer, export_folder(run), step=end.step, config=run.model)
@@ -218,20 +233,9 @@ def scores_on_test_split(
     ranks: Ranks,
 ) -> dict[str, Any]:
     """What evaluation.json holds of any model: test loss, and answers where the dataset module scores them."""
-    from training.evaluation import as_json, held_out_loss
-    from training.models import precision
+    from training.evaluation import as_json
 
-    prepared = open_prepared(run)
-    loss = None
-    if prepared.splits.get("test"):
-        loss = held_out_loss(
-            model,
-            build_data(run, "test"),
-            compute_loss,
-            batch_size=run.evaluation.batch_size or run.training.batch_size,
-            precision=precision(run.model),
-            ranks=ranks,
-        )
+    loss = loss_on_test_split(run, model, compute_loss, ranks)
     generated = scored_answers(run, model, tokenizer, ranks)
     scores = as_json(loss, generated, step=checkpoint.step, epoch=checkpoint.epoch)
     return {**scores, **harness_scores(run, model, tokenizer, ranks)}

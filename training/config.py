@@ -132,6 +132,9 @@ class ModelConfig:
     merge_adapter: bool = False
     """Export the base model with the adapter merged in, beside the adapter."""
 
+    train_vision: bool | None = None
+    """Train the vision tower of an image-text model too. Unset: where all weights are trained, and not by adapters."""
+
     checkpoint_dir: str | None = None
     """Folder that receives the trained model. Unset: `export/` in the run folder."""
 

@@ -17,7 +17,7 @@ import orjson
 import torch
 
 from mixture.dataset_modules import ModuleScore
-from training.batches import ComputeLoss, PackedDataset, collate, even_shares
+from training.batches import Collate, ComputeLoss, PackedDataset, collate, even_shares
 from training.config import EvaluationConfig
 from training.distributed import Ranks, gather_on_all, sum_over_ranks
 from training.models import stop_token_ids
@@ -57,6 +57,7 @@ def held_out_loss(
     batch_size: int,
     precision: torch.dtype,
     ranks: Ranks,
+    collate: Collate = collate,
 ) -> HeldOutLoss:
     """Loss on all of `rows`, spread over the processes. Leaves random states and the model's mode as they were."""
     device = next(model.parameters()).device

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    set_seed,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging
 
 from training.adapter_options import EXPERTS
@@ -30,7 +38,7 @@ logging.disable_progress_bar()
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
 def load_tokenizer(model: ModelConfig, *, key: str = "model") -> PreTrainedTokenizerBase:
@@ -46,40 +54,98 @@ def load_tokenizer(model: ModelConfig, *, key: str = "model") -> PreTrainedToken
     return tokenizer
 
 
+def load_processor(model: ModelConfig) -> ProcessorMixin:
+    """The processor of an image-text model, its tokenizer with a pad token. ValueError where it has none."""
+    name, revision = (model.tokenizer, None) if model.tokenizer else (model.name, model.revision)
+    try:
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.name: no processor found under {name!r}. {where_tried(name)}\n{error}") from error
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
 def build_model(
-    model: ModelConfig, *, seed: int, checkpoint: Path | None = None, layers: Sequence[int] | None = None
+    model: ModelConfig,
+    *,
+    seed: int,
+    checkpoint: Path | None = None,
+    layers: Sequence[int] | None = None,
+    reads_images: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """The model to train, on the CPU: all weights in float32, or adapters in float32 on a frozen base.
 
     The forward pass runs in `precision(model)` under autocast; float32 weights take the many small updates that
     bfloat16 would round away. A frozen base takes no updates and is held in the precision of the forward pass.
     With `checkpoint`, what was trained comes from there; the seed then decides nothing. With `layers`, only these
-    layers of the decoder are kept, counted from 0.
+    layers of the decoder are kept, counted from 0. With `reads_images`, an image-text model, which attends to padded
+    rows; its vision tower is frozen as `model.train_vision` says.
     """
     register_varlen_attention()
     config = load_model_config(model)
     require_embeddings(model, config)
+    auto_class: Any = AutoModelForCausalLM
+    if reads_images:
+        require_image_text(model, config)
+        auto_class, model = AutoModelForImageTextToText, with_padded_attention(model)
     set_seed(seed)
     if checkpoint and not model.peft:
         trained = replace(model, name=str(checkpoint), revision=None, adapters=[])
-        network = load_weights(trained, shallower(config, layers) if layers else config, attention=model.attention)
+        network = load_weights(
+            trained,
+            shallower(config, layers) if layers else config,
+            attention=model.attention,
+            auto_class=auto_class,
+        )
     elif model.from_scratch:
-        network = AutoModelForCausalLM.from_config(
+        network = auto_class.from_config(
             config, dtype=torch.float32, attn_implementation=model.attention, trust_remote_code=model.trust_remote_code
         )
     else:
-        network = load_weights(model, config, attention=model.attention)
+        network = load_weights(model, config, attention=model.attention, auto_class=auto_class)
         if layers:
             keep_layers(network, layers)
     if model.attention == "varlen":
         check_packable(network)
     use_chunked_loss(network)
     if not model.peft:
+        if reads_images and model.train_vision is False:
+            vision_tower(network).requires_grad_(False)
         return network
-    adapted = add_adapter(network, model, seed=seed)
+    leave_alone = name_of(vision_tower(network), network) if reads_images and not model.train_vision else None
+    adapted = add_adapter(network, model, seed=seed, leave_alone=leave_alone)
     if checkpoint:
         load_adapter_state(adapted, checkpoint)
     return adapted
+
+
+def require_image_text(model: ModelConfig, config: PretrainedConfig) -> None:
+    """Raise ValueError for a model that reads no images."""
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(
+            f"model.name: the rows hold images, and {model.name} is a {config.model_type} model, which reads text "
+            "only; name an image-text model"
+        )
+
+
+def with_padded_attention(model: ModelConfig) -> ModelConfig:
+    """The settings with attention that takes padded rows: `varlen` is for packs, and rows with images are in none."""
+    return replace(model, attention="sdpa") if model.attention == "varlen" else model
+
+
+def vision_tower(network: PreTrainedModel) -> torch.nn.Module:
+    """The part of an image-text model that sees; ValueError where transformers does not tell which it is."""
+    tower: torch.nn.Module = network.get_encoder(modality="image")
+    if tower in (network, network.base_model):
+        raise ValueError(
+            f"{type(network).__name__} does not tell which part of it sees; set model.train_vision: true to train all"
+        )
+    return tower
+
+
+def name_of(part: torch.nn.Module, network: torch.nn.Module) -> str:
+    return next(name for name, module in network.named_modules() if module is part)
 
 
 def load_model_config(model: ModelConfig, *, key: str = "model") -> PretrainedConfig:
@@ -200,12 +266,12 @@ def load_weights(
     attention: str | None,
     key: str = "model",
     device_map: str | None = None,
-    auto_model: Any = AutoModelForCausalLM,
+    auto_class: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
     """The trained weights; unless told otherwise in float32, and as the base of an adapter in `precision(model)`."""
     dtype = dtype or (precision(model) if model.peft else torch.float32)
     try:
-        network = auto_model.from_pretrained(
+        network = auto_class.from_pretrained(
             model.name,
             config=config,
             revision=model.revision,
@@ -268,13 +334,13 @@ def parameters_hash(network: torch.nn.Module, model: ModelConfig) -> str:
 
 def export_model(
     model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     folder: Path,
     *,
     step: int,
     config: ModelConfig,
 ) -> None:
-    """Write the trained model and its tokenizer to `folder`, whole or not at all, as from_pretrained reads them.
+    """Write the trained model and its tokenizer or processor to `folder`, whole or not at all, for from_pretrained.
 
     An adapter is written as it is, float32; with `merge_adapter` the merged model goes to `folder`/merged. A model
     trained in full is written in `precision(config)`. The model given is used up: its weights are
@@ -292,24 +358,43 @@ def export_model(
 
 
 def save_whole_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, folder: Path, dtype: torch.dtype
 ) -> None:
     """safetensors, config, and a generation config that stops where the tokenizer's turns end."""
     model.config.use_cache = True
     model.generation_config.eos_token_id = stop_token_ids(model, tokenizer)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.pad_token_id = text_tokenizer(tokenizer).pad_token_id
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def text_tokenizer(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, or the one inside a processor."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> list[int]:
     """The tokens that end an answer: end of text, and what the chat template puts after an assistant's turn."""
     configured = model.generation_config.eos_token_id
-    stops = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        ids = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
-        special = [token for token in ids if token in tokenizer.all_special_ids]
-        answer_begins = len(ids) - 1 - ids[::-1].index(special[-1]) if special else len(ids)
+    plain = text_tokenizer(tokenizer)
+    stops = set(configured if isinstance(configured, list) else [configured]) | {plain.eos_token_id}
+    ids = ids_of_exchange(tokenizer)
+    special = [token for token in ids if token in plain.all_special_ids]
+    if special:
+        answer_begins = len(ids) - 1 - ids[::-1].index(special[-1])
         stops |= set(ids[answer_begins : answer_begins + 1])
     return sorted(stop for stop in stops if stop is not None)
+
+
+def ids_of_exchange(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> list[int]:
+    """A question and an answer as the chat template writes them; nothing where there is none."""
+    if not tokenizer.chat_template:
+        return []
+    if text_tokenizer(tokenizer) is tokenizer:
+        turns: list[Any] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        ids: list[int] = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+        return ids
+    texts = {"user": "a", "assistant": "b"}
+    turns = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    return text_tokenizer(tokenizer).encode(text, add_special_tokens=False)

@@ -104,7 +104,7 @@ def build_reward_model(model: ModelConfig, *, seed: int, checkpoint: Path | None
         in_full = checkpoint is not None and not model.peft
         trained = replace(model, name=str(checkpoint), revision=None, adapters=[]) if in_full else model
         network = load_weights(
-            trained, config, attention=model.attention, auto_model=AutoModelForSequenceClassification
+            trained, config, attention=model.attention, auto_class=AutoModelForSequenceClassification
         )
     if model.attention == "varlen":
         check_packable(network)

@@ -1,4 +1,4 @@
-"""Make the tokenizer and the model configs of tiny/ and small/: models for tests and first runs, without a download.
+"""Make tokenizers, processor and configs of tiny/, small/ and tiny_vision/: models for first runs, without a download.
 
     python configs/models/make_tiny.py
 
@@ -13,7 +13,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import Idefics3Config, Idefics3Processor, LlamaConfig, PreTrainedTokenizerFast
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 VOCABULARY = 4096
 PAD, BEGIN, END, END_OF_TURN = "<|pad|>", "<|begin|>", "<|end|>", "<|im_end|>"
@@ -30,6 +31,19 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+# The tokens that Idefics3 and SmolVLM put around an image, and in its place.
+IMAGE_TOKENS = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
+IMAGE_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{{ '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+IMAGE_PIXELS, PATCH_PIXELS, PATCHES_PER_TOKEN = 32, 8, 2  # of a side each
+
 SHAPES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4},
     "small": {"hidden_size": 320, "intermediate_size": 864, "num_hidden_layers": 7, "num_attention_heads": 5},
@@ -42,6 +56,9 @@ def main() -> None:
     for name, shape in SHAPES.items():
         tokenizer.save_pretrained(folder / name)
         model_config(tokenizer, **shape).save_pretrained(folder / name)
+    processor = image_processor(tokenizer)
+    processor.save_pretrained(folder / "tiny_vision")
+    image_text_config(processor.tokenizer).save_pretrained(folder / "tiny_vision")
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -102,6 +119,40 @@ def model_config(tokenizer: PreTrainedTokenizerFast, **shape: int) -> LlamaConfi
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         architectures=["LlamaForCausalLM"],
+    )
+
+
+def image_processor(tokenizer: PreTrainedTokenizerFast) -> Idefics3Processor:
+    """The tokenizer with tokens for images, and what makes one square of pixels of any image."""
+    tokenizer.add_special_tokens({"additional_special_tokens": IMAGE_TOKENS})
+    tokenizer.chat_template = None
+    size = {"longest_edge": IMAGE_PIXELS}
+    return Idefics3Processor(
+        Idefics3ImageProcessorPil(size=size, max_image_size=size, do_image_splitting=False),
+        tokenizer,
+        image_seq_len=(IMAGE_PIXELS // PATCH_PIXELS // PATCHES_PER_TOKEN) ** 2,
+        chat_template=IMAGE_CHAT_TEMPLATE,
+    )
+
+
+def image_text_config(tokenizer: PreTrainedTokenizerFast) -> Idefics3Config:
+    text = model_config(tokenizer, **SHAPES["tiny"])
+    text.vocab_size = len(tokenizer)
+    text.tie_word_embeddings = False
+    return Idefics3Config(
+        text_config=text.to_dict(),
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": IMAGE_PIXELS,
+            "patch_size": PATCH_PIXELS,
+        },
+        scale_factor=PATCHES_PER_TOKEN,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+        architectures=["Idefics3ForConditionalGeneration"],
     )
 
 

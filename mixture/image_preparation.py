@@ -1,0 +1,179 @@
+"""Rows with images of a dataset module, made ready for training: each collated once to count its tokens, then stored.
+
+Collating a row here tells before any GPU is asked for what training would trip over: images that do not decode,
+columns that are missing, answers that teach nothing, rows that are too long.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixture.config import DatasetConfig
+from mixture.dataset_modules import COLLATOR_FUNCTION, ModuleFile, data_collator, load_module, raise_located
+from mixture.image_dialogues import DialogueCollator, NotForDialogueError
+from mixture.image_rows import (
+    EncodedRow,
+    ImageRow,
+    ImageRowWriter,
+    Row,
+    RowEncoder,
+    holds_image,
+    without_decoding,
+)
+from mixture.render import Objective
+
+CollateRows = Callable[[Sequence[Row]], Any]
+
+
+def has_images(first_row: Any, module: ModuleFile, processor: Any) -> bool:
+    """Whether rows that begin like this are learned with a processor: they hold images, or bring a collator for it.
+
+    ValueError where they hold images and the model reads none.
+    """
+    reads_images = getattr(processor, "image_processor", None) is not None
+    if not isinstance(first_row, dict) and not hasattr(first_row, "keys"):
+        return False
+    if holds_image(first_row):
+        if not reads_images:
+            columns = ", ".join(str(key) for key, value in first_row.items() if holds_image(value))
+            raise ValueError(
+                f"{module.path}: the rows hold images ({columns}), and model.name has a {type(processor).__name__}, "
+                "which reads text only; name an image-text model, whose folder has a processor"
+            )
+        return True
+    return reads_images and (
+        "image" in first_row or "images" in first_row or hasattr(load_module(module.path), COLLATOR_FUNCTION)
+    )
+
+
+def collator_for(module: ModuleFile | None, processor: Any, dataset: DatasetConfig) -> tuple[CollateRows, bool]:
+    """What makes batches of rows: the module's own collator, or ours; and whether it is the module's."""
+    own = data_collator(module, processor, dataset) if module else None
+    return (own, True) if own is not None else (DialogueCollator(processor), False)
+
+
+def check_settings(objective: Objective, dataset: DatasetConfig) -> None:
+    """Raise ValueError for settings that rows with images cannot follow."""
+    if objective != "sft":
+        raise ValueError(
+            "rows with images are learned by trainer: finetuning with finetuning.objective: sft alone; leave the "
+            "images out of the rows, or change the objective"
+        )
+    if dataset.over_length in ("split", "truncate"):
+        raise ValueError(
+            f"dataset.over_length: {dataset.over_length} would cut images in two; rows with images can only be dropped"
+        )
+    if dataset.mask_rationale:
+        raise ValueError("dataset.mask_rationale: rows with images mark no rationale; leave the key out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSplit:
+    """What was written of one split."""
+
+    samples: int
+    rows: int
+    dropped: dict[str, int]
+    longer_than_max_length: int
+    tokens: int
+    loss_tokens: int
+    digest: bytes
+
+
+class ImageSplitWriter:
+    """Writes one split of a module's rows with images."""
+
+    def __init__(self, module: ModuleFile, processor: Any, dataset: DatasetConfig, folder: Path) -> None:
+        self.module = module
+        self.dataset = dataset
+        self.folder = folder
+        self.collate, self.is_own = collator_for(module, processor, dataset)
+
+    def write(self, rows: Iterable[Any], split: str, source: str) -> ImageSplit:
+        """Write the rows; ValueError names the row that cannot be learned from, and its key."""
+        rows, decodes = without_decoding(rows)
+        encoder = RowEncoder(features_are_images=decodes, reads_files=not self.is_own)
+        columns: list[str] = []
+        dropped: Counter[str] = Counter()
+        samples = longer = tokens = loss_tokens = 0
+        with (
+            ImageRowWriter(self.folder, split, shard_size_mb=self.dataset.shard_size_mb) as writer,
+            (self.folder / f"{split}.jsonl").open("wb") as jsonl,
+        ):
+            for number, row in enumerate(rows):
+                samples += 1
+                place = f"{self.module.path}, {split} row {number}"
+                if number == 0:
+                    columns = [key for key, value in row.items() if holds_image(value)]
+                try:
+                    require_columns(row, columns)
+                    content = encoder.encoded(row)
+                    counts = self.counts(content)
+                except NotForDialogueError as error:
+                    dropped[str(error)] += 1
+                    continue
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"{place}: {error}") from error
+                if counts.tokens > self.dataset.max_length:
+                    longer += 1
+                    dropped["longer than max_length"] += 1
+                    continue
+                if not counts.loss_tokens:
+                    dropped["no token to learn from"] += 1
+                    continue
+                sample_id = f"{source}-{split}-{number}"
+                writer.add(ImageRow(sample_id, source, content, counts.tokens, counts.loss_tokens))
+                jsonl.write(content.text + b"\n")
+                tokens += counts.tokens
+                loss_tokens += counts.loss_tokens
+        return ImageSplit(
+            samples=samples,
+            rows=writer.rows,
+            dropped=dict(dropped),
+            longer_than_max_length=longer,
+            tokens=tokens,
+            loss_tokens=loss_tokens,
+            digest=writer.digest,
+        )
+
+    def counts(self, content: EncodedRow) -> TokenCounts:
+        """The tokens of a stored row, as the collator makes them of the row alone."""
+        row = content.read()
+        try:
+            batch = self.collate([row])
+        except Exception as error:
+            if self.is_own:
+                raise_located(error, self.module.path, f"in the result of {COLLATOR_FUNCTION}")
+            raise
+        return token_counts(batch)
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of a row without padding, and those that count in the loss; the first never does."""
+
+    tokens: int
+    loss_tokens: int
+
+
+def token_counts(batch: Any) -> TokenCounts:
+    """Counts of a batch of one row; ValueError where it holds no tokens or labels."""
+    missing = [key for key in ("input_ids", "labels") if key not in batch]
+    if missing:
+        raise ValueError(f"the batch of {COLLATOR_FUNCTION} has no {', '.join(missing)}, only {', '.join(batch)}")
+    mask = batch.get("attention_mask")
+    tokens = np.asarray(batch["input_ids"]).size if mask is None else int(np.asarray(mask).sum())
+    return TokenCounts(tokens, int((np.asarray(batch["labels"])[:, 1:] != -100).sum()))
+
+
+def require_columns(row: Row, columns: Sequence[str]) -> None:
+    """Raise ValueError where a row lacks the images that the first one has."""
+    for column in columns:
+        if row.get(column) is None:
+            raise ValueError(f"no images in column {column}, which the first row has; leave the row out in the module")

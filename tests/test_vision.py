@@ -1,0 +1,226 @@
+"""Models learn from images: two blocks equal one run, in any micro-batches, with the module's collator or ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from image_models import FAMILIES
+from safetensors.torch import load_file
+
+import finetuning
+from jobs import launch
+from jobs.config import PROJECT
+from jobs.exit_code import ExitCode
+from jobs.job import run_job
+from jobs.plan import plan_run
+from jobs.preflight import check_run
+from mixture.config import DatasetConfig
+from mixture.dataset_modules import ModuleFile
+from mixture.prepare import PreparationRequest, PreparedData, prepare
+from training.checkpoints import newest_valid
+from training.config import LoraConfig
+from training.run import FinetuningRun
+from training.run_folder import RunFolder
+
+MakeRun = Callable[..., FinetuningRun]
+
+COOKBOOK_MODULE = '''
+"""Written as llama-cookbook wants it: rows of a Hugging Face data set with PIL images, and a collator of its own."""
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PilImage
+
+TEXTS = List({"user": Value("string"), "assistant": Value("string")})
+
+def get_custom_dataset(dataset_config, processor, split, split_ratio=0.9):
+    rows = [{"images": [PilImage.new("RGB", (20 + n, 24), (10 * n, 0, 99))],
+             "texts": [{"user": f"Is it {n}?", "assistant": "It is" + " so" * n}]} for n in range(13)]
+    dataset = Dataset.from_list(rows, features=Features({"images": List(Image()), "texts": TEXTS}))
+    return dataset.train_test_split(test_size=1 - split_ratio, shuffle=True, seed=42)[split]
+
+class Collator:
+    def __init__(self, processor):
+        self.processor = processor
+        self.processor.tokenizer.padding_side = "right"
+
+    def __call__(self, samples):
+        dialogs, images = [], []
+        for sample in samples:
+            (image,) = sample["images"]
+            assert isinstance(image, PilImage.Image)
+            turn = sample["texts"][0]
+            question = [{"type": "image"}, {"type": "text", "text": turn["user"].strip()}]
+            answer = [{"type": "text", "text": turn["assistant"].strip()}]
+            dialogs.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+            images.append([image.convert("RGB")])
+        text = self.processor.apply_chat_template(dialogs)
+        batch = self.processor(images=images, text=text, padding=True, return_tensors="pt")
+        labels = batch["input_ids"].clone()
+        begin = self.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
+        for row, ids in zip(labels, batch["input_ids"]):
+            row[: (ids == begin).nonzero()[-1] + 3] = -100
+        labels[batch["attention_mask"] == 0] = -100
+        batch["labels"] = labels
+        return batch
+
+def get_data_collator(processor):
+    return Collator(processor)
+
+def score(prediction, row):
+    assert isinstance(row["images"][0], PilImage.Image)
+    return float(prediction == row["texts"][0]["assistant"])
+'''
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = FAMILIES[request.param](tmp_path_factory.mktemp("vision") / request.param)
+    return folder
+
+
+SHAPES = ModuleFile(PROJECT / "datasets/synthetic_images.py")
+
+
+def prepared(model: Path, module: ModuleFile, data: Path, **keys: Any) -> PreparedData:
+    dataset = DatasetConfig(name=module.path.stem, max_length=64, **keys)
+    request = PreparationRequest(dataset=dataset, module=module, tokenizer=str(model), objective="sft")
+    return prepare(request, data, lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def shapes(model: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    """13 training rows and 3 test rows."""
+    return prepared(model, SHAPES, tmp_path_factory.mktemp("data"), module_keys={"num_rows": 16})
+
+
+@pytest.fixture
+def make_image_run(make_run: MakeRun, model: Path, shapes: PreparedData) -> MakeRun:
+    def make(name: str, *, data: PreparedData = shapes, module: ModuleFile = SHAPES, **keys: Any) -> FinetuningRun:
+        keys["model"] = {"name": str(model), **keys.get("model", {})}
+        run = make_run(name, **keys)
+        return replace(run, module=module, prepared=data.folder, dataset=DatasetConfig(name="images", max_length=64))
+
+    return make
+
+
+def train_to_the_end(run: FinetuningRun) -> dict[str, torch.Tensor]:
+    while not finetuning.train(run).finished:
+        pass
+    checkpoint, rejected = newest_valid(run.folder.checkpoints)
+    assert checkpoint is not None and not rejected
+    assert checkpoint.ledger.whole_epochs == int(checkpoint.epoch)
+    return load_file(next(checkpoint.path.glob("*model.safetensors")))
+
+
+def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+# --- the chain
+
+
+def test_two_blocks_equal_one_uninterrupted_run_bit_for_bit(make_image_run: MakeRun) -> None:
+    training = {"gradient_accumulation": 2, "max_grad_norm": 0.5}
+    chain = make_image_run("chain", training={**training, "epochs_per_job": 1, "total_jobs": 2})
+    whole = make_image_run("whole", training={**training, "epochs_per_job": 2, "total_jobs": 1})
+    assert_identical(train_to_the_end(chain), train_to_the_end(whole))
+    first, last = [event for event in chain.folder.events() if event["event"] == "block_end"]
+    assert last["eval_loss"] < first["eval_loss"]
+
+
+def test_an_adapter_leaves_the_vision_tower_alone_unless_asked(make_image_run: MakeRun) -> None:
+    base = make_image_run("base")
+    finetuning.train(base)
+    keys = {"name": str(base.folder.export), "from_scratch": False, "peft": True, "merge_adapter": True}
+    for name, train_vision in (("text", None), ("all", True)):
+        keys |= {"lora": LoraConfig(r=2), "train_vision": train_vision}
+        run = make_image_run(name, model=keys, training={"total_jobs": 2})
+        trained = [weight for weight in train_to_the_end(run) if "lora" in weight]
+        assert trained and any("vision" in weight for weight in trained) == (train_vision is True)
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    for folder in (base.folder.export, run.folder.export / "merged"):
+        exported = AutoModelForImageTextToText.from_pretrained(folder)
+        end_of_turn = AutoProcessor.from_pretrained(folder).tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert end_of_turn in exported.generation_config.eos_token_id
+
+
+def test_a_vision_tower_can_be_kept_as_it_is(make_image_run: MakeRun) -> None:
+    run = make_image_run("run", model={"train_vision": False})
+    before = finetuning.build_model(run, None).state_dict()
+    train_to_the_end(run)
+    after = finetuning.build_model(run, newest_valid(run.folder.checkpoints)[0]).state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed and not any("vision_model" in name for name in changed)
+
+
+# --- the loss
+
+
+def gradient(run: FinetuningRun, micro_batches: list[Any]) -> torch.Tensor:
+    """Of one optimizer step over these micro-batches, each a list of packs."""
+    network = finetuning.build_model(run, None)
+    batches = [finetuning.image_collate(run)(packs) for packs in micro_batches]
+    items = torch.tensor(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
+    for batch in batches:
+        finetuning.compute_loss(network, batch, items).backward()
+    return torch.cat([weight.grad.flatten() for weight in network.parameters() if weight.grad is not None])
+
+
+def test_micro_batches_and_padding_do_not_change_the_loss(make_image_run: MakeRun) -> None:
+    run = make_image_run("run")
+    packs = [finetuning.build_data(run, "train")[number] for number in range(4)]
+    whole = gradient(run, [packs])
+    assert whole.abs().max() > 1e-4
+    for split in ([packs[:1], packs[1:]], [[], *([pack] for pack in packs)]):
+        torch.testing.assert_close(gradient(run, split), whole, rtol=1e-3, atol=1e-6)
+
+
+def test_only_what_the_assistant_says_is_learned(make_image_run: MakeRun) -> None:
+    run = make_image_run("run")
+    processor = finetuning.build_tokenizer(run)
+    data = finetuning.build_data(run, "train")
+    batch = finetuning.image_collate(run)([data[number] for number in range(len(data))])
+    for number, labels in enumerate(batch["labels"]):
+        said = processor.tokenizer.decode(labels[labels != -100])
+        assert said == data[number][0].read()["messages"][-1]["content"] + "<|im_end|>"
+    assert int((batch["labels"] != -100).sum()) == sum(data[number][0].loss_tokens for number in range(len(data)))
+
+
+# --- modules written for llama-cookbook
+
+
+def test_a_module_written_for_llama_cookbook_runs_unchanged(
+    model: Path, make_image_run: MakeRun, tmp_path: Path
+) -> None:
+    module = ModuleFile(tmp_path / "cookbook.py")
+    module.path.write_text(COOKBOOK_MODULE)
+    data = prepared(model, module, tmp_path / "data", limit=8, split_ratio=0.7)
+    assert data.has_images and data.splits["train"].rows == 8
+    run = make_image_run("run", data=data, module=module, training={"total_jobs": 2})
+    train_to_the_end(run)
+    result = finetuning.evaluate(run)
+    assert json.loads(run.folder.evaluation.read_text()) == result
+    assert result["scored_rows"] == 4 and result["examples"][0]["prompt"].count("Is it")
+    assert "It is" not in result["examples"][0]["prompt"]
+
+
+# --- the example
+
+
+def test_the_example_trains_in_two_chained_blocks_and_answers_questions(tmp_path: Path) -> None:
+    folders = ["--runs_dir", str(tmp_path / "runs"), "--data_dir", str(tmp_path / "data"), "--cluster", "local"]
+    small = ["--dataset.num_rows", "30", "--training.epochs_per_job", "1", "--evaluation.limit", "4"]
+    checked = check_run(PROJECT / "configs/examples/vision.yaml", [*folders, *small])
+    run: RunFolder = launch.open_run_folder(checked, plan_run(checked).data_key, print)
+    for kind in ("prepare", "block", "block", "evaluate"):
+        assert run_job(kind, run) == ExitCode.DONE  # type: ignore[arg-type]
+    result = json.loads(run.evaluation.read_text())
+    assert result["scored_rows"] == 4 and "colour" in str(result["examples"])
