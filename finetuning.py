@@ -265,7 +265,7 @@ def evaluate(run: FinetuningRun) -> dict[str, Any]:
 
 def scores_on_images(run: FinetuningRun, model: Any, checkpoint: Checkpoint, ranks: Ranks) -> dict[str, Any]:
     """What evaluation.json holds of a model that learned from rows with images."""
-    from mixture.dataset_modules import score_function
+    from mixture.dataset_modules import module_score
     from training.evaluation import as_json
     from training.models import load_processor, precision
     from training.vision import scored_answers_about_images
@@ -273,7 +273,7 @@ def scores_on_images(run: FinetuningRun, model: Any, checkpoint: Checkpoint, ran
     assert run.module is not None, "rows with images come from a dataset module"
     collate = image_collate(run)
     loss = loss_on_test_split(run, model, compute_loss, ranks, collate)
-    score = score_function(run.module)
+    score = module_score(run.module, unprotected=run.evaluation.unprotected_code)
     generated = None
     if score and run.evaluation.limit:
         generated = scored_answers_about_images(
