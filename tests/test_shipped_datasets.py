@@ -128,7 +128,8 @@ def test_every_module_passes_the_static_check_and_states_source_and_licence(name
 
 
 def test_every_name_that_is_asked_for_is_there():
-    assert {*HUB_ROWS, "the_stack_v2_ids", "synthetic_dataset", "synthetic_preferences", "test_dataset"} == set(NAMES)
+    made_here = {"synthetic_dataset", "synthetic_preferences", "synthetic_sums", "test_dataset"}
+    assert {*HUB_ROWS, "the_stack_v2_ids", *made_here} == set(NAMES)
 
 
 def test_the_listing_reads_the_same_sources_without_running_modules():
