@@ -30,6 +30,7 @@ class FurtherIterations(TrainerCallback):
         items = torch.tensor(self.loss.items, device=args.device)
         for _ in range(self.loss.config.iterations - 1):
             trainer.optimizer.step()
+            self.loss.iteration += 1
             model.zero_grad()
             for batch in self.loss.batches:
                 trainer.training_step(model, batch, items)

@@ -21,14 +21,14 @@ from rewarding.losses import (
     sums_by_answer,
 )
 from rewarding.rewards import Rewards
-from rewarding.rollouts import ADVANTAGES, OLD, PROMPTS, REFERENCE, Rollout, Writer, rollouts_batch
+from rewarding.rollouts import ADVANTAGES, OLD, PLACE, PROMPTS, REFERENCE, Rollout, Writer, rollouts_batch
 from training.batches import Batch, PackedDataset, even_shares
 from training.distributed import Ranks, failing_together, gather_on_all, sum_over_ranks
 from training.evaluation import autocast, to_device
 from training.online_config import OnlineConfig, RlooConfig
 from training.preferences import ALL, ANSWER_TOKENS, Reference, evaluating
 
-NOT_FOR_MODEL = (ANSWER_TOKENS, ADVANTAGES, OLD, REFERENCE)
+NOT_FOR_MODEL = (ANSWER_TOKENS, ADVANTAGES, OLD, REFERENCE, PLACE)
 
 SHOWN_ANSWERS = 10
 
@@ -53,16 +53,24 @@ class OnlineLoss:
     items: float = 0.0
     """What the loss of the step is divided by."""
 
+    iteration: int = 0
+    """Updates from the step's answers so far."""
+
+    passes: dict[tuple[int, int], dict[str, float | torch.Tensor]] = field(default_factory=dict)
+    """What was measured in the step, by iteration and micro-batch: one may be passed twice, and counts once."""
+
     sums: dict[str, float | torch.Tensor] = field(default_factory=dict)
 
     def begin_step(self, batches: list[Batch]) -> float:
         """Answer and reward the prompts of a step's micro-batches; returns what its loss is divided by, over all
         processes. ValueError, on every process, where a reward fails on one."""
+        self.add_passes()
         with failing_together():
-            for batch in batches:
+            for place, batch in enumerate(batches):
                 self.answer(batch)
+                batch[PLACE] = place
         self.step += 1
-        self.batches = batches
+        self.batches, self.iteration = batches, 0
         lengths = [tokens for batch in batches for tokens in batch[ANSWER_TOKENS]]
         answers, tokens = sum_over_ranks(float(len(lengths)), float(sum(lengths)))
         self.items = loss_items(self.config, answers=answers, tokens=tokens)
@@ -103,7 +111,7 @@ class OnlineLoss:
         policy_N = log_probabilities(model, batch)
         answers = self.tokens(policy_N, batch)
         with torch.no_grad():
-            self.note_tokens(answers)
+            self.passes[self.iteration, batch[PLACE]] = self.measured(answers)
         # With a graph also where there are no answers, so that all processes do the same.
         return (loss_sum(answers, self.config) + 0 * policy_N.sum()) / num_items
 
@@ -127,13 +135,23 @@ class OnlineLoss:
         )
         self.rewards.unread.clear()
 
-    def note_tokens(self, answers: AnswerTokens) -> None:
+    def measured(self, answers: AnswerTokens) -> dict[str, float | torch.Tensor]:
+        """Sums over a batch's answers; they stay on the device."""
         clipped = is_clipped(answers, self.config)
-        self.add(
-            tokens=len(answers.policy_N), entropy=-answers.policy_N.sum(), clip_share=clipped.sum(), ratios=len(clipped)
-        )
+        found: dict[str, float | torch.Tensor] = {
+            "tokens": len(answers.policy_N),
+            "entropy": -answers.policy_N.sum(),
+            "ratios": len(clipped),
+            "clip_share": clipped.sum(),
+        }
         if answers.reference_N is not None:
-            self.add(kl=kl_estimates(answers.policy_N, answers.reference_N).sum())
+            found["kl"] = kl_estimates(answers.policy_N, answers.reference_N).sum()
+        return found
+
+    def add_passes(self) -> None:
+        for found in self.passes.values():
+            self.add(**found)
+        self.passes = {}
 
     def add(self, **values: float | torch.Tensor) -> None:
         for name, value in values.items():
@@ -146,6 +164,7 @@ class OnlineLoss:
         `judge_unread`. Over groups: `reward_std`, `zero_std_share` (nothing to learn). Over tokens: `entropy`, as
         minus the log-probability of what was drawn, `kl`, and `clip_share` (with RLOO over answers).
         """
+        self.add_passes()
         names = sorted(self.sums)
         found = dict(zip(names, sum_over_ranks(*(float(self.sums[name]) for name in names)), strict=True))
         self.sums = {}

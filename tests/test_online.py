@@ -17,6 +17,9 @@ from jobs.config import PROJECT, read_run_config
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparationRequest, PreparedData, prepare
+from mixture.prompts import PromptRows
+from mixture.shards import TokenRows
+from settings.yaml_tree import ConfigError
 from training.checkpoints import newest_valid
 from training.config import FinetuningConfig, LoraConfig
 from training.online_config import GrpoConfig, RewardSource, RlooConfig
@@ -187,3 +190,269 @@ def test_the_examples_train_in_two_chained_blocks(objective: str, make_run: Make
     assert not finetuning.train(run).finished
     assert finetuning.train(run).finished
     assert "reward" in list(run.folder.metrics())[-1]
+
+
+# --- rewards
+
+
+def made_module(folder: Path, rows: list[dict[str, Any]], more: str = "") -> ModuleFile:
+    path = folder / "made.py"
+    path.write_text(
+        f"def get_custom_dataset(dataset_config, processor, split, split_ratio=0.8):\n    return {rows!r}\n\n{more}\n"
+    )
+    return ModuleFile(path)
+
+
+def run_on(run: FinetuningRun, module: ModuleFile, data: Path, settings: GrpoConfig) -> FinetuningRun:
+    return replace(
+        run,
+        module=module,
+        prepared=prepared_prompts(Path(run.model.name), data, module).folder,
+        finetuning=FinetuningConfig(objective="grpo", grpo=settings),
+        dataset=replace(run.dataset, max_length=64),
+    )
+
+
+ROWS = [
+    {"prompt": [{"role": "system", "content": "Add."}, {"role": "user", "content": f"{n} + 1"}], "n": n} for n in (4, 5)
+]
+
+
+def test_a_reward_is_told_the_turns_the_answer_as_text_and_the_row_as_it_was(make_run: MakeRun, tmp_path: Path) -> None:
+    more = """
+def reward(prompt_messages, answer, row):
+    assert prompt_messages == row["prompt"] and prompt_messages[-1]["content"] == f"{row['n']} + 1"
+    assert isinstance(answer, str) and "<|" not in answer
+    return row["n"]
+
+def score(prediction, row):
+    raise AssertionError("reward comes first")
+"""
+    settings = GrpoConfig(**SHORT, rewards=[RewardSource(weight=0.5)])
+    run = run_on(make_run("run"), made_module(tmp_path, ROWS, more), tmp_path, settings)
+    train_to_the_end(replace(run, evaluation=replace(run.evaluation, limit=0)))
+    (line,) = run.folder.metrics()
+    assert line["reward_module"] == 4.5 and line["reward"] == 2.25
+    assert line["zero_std_share"] == 1 and line["reward_std"] == 0
+
+
+def test_a_module_with_score_alone_is_rewarded_by_it(make_run: MakeRun, tmp_path: Path) -> None:
+    module = made_module(tmp_path, ROWS, "def score(prediction, row):\n    return float(row['n'])")
+    run = run_on(make_run("run"), module, tmp_path, GrpoConfig(**SHORT))
+    train_to_the_end(run)
+    assert next(iter(run.folder.metrics()))["reward"] == 4.5
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            "return 1 / (row['n'] - 5)",
+            r"made\.py:5: ZeroDivisionError: .* \(in reward for row made-train-1 and the answer",
+        ),
+        (
+            "return float('nan') if row['n'] == 5 else 1",
+            r"made\.py: nan in reward for row made-train-1 .* finite number",
+        ),
+        ("return None", r"made\.py.* TypeError: .* \(in reward for row made-train-"),
+    ],
+)
+def test_a_reward_that_raises_or_is_no_number_names_the_row(
+    body: str, said: str, make_run: MakeRun, tmp_path: Path
+) -> None:
+    module = made_module(tmp_path, ROWS, f"def reward(prompt_messages, answer, row):\n    {body}")
+    run = run_on(make_run("run"), module, tmp_path, GrpoConfig(**SHORT))
+    with pytest.raises(ValueError, match=said):
+        finetuning.train(run)
+
+
+def test_a_module_without_reward_is_named(make_run: MakeRun, tmp_path: Path) -> None:
+    run = run_on(make_run("run"), made_module(tmp_path, ROWS), tmp_path, GrpoConfig(**SHORT))
+    with pytest.raises(ValueError, match=r"finetuning\.grpo\.rewards: .*made\.py has no function reward; add reward\("):
+        finetuning.train(run)
+
+
+def reward_model(folder: Path, tiny_model: Path) -> Path:
+    """A reward model as finetuning.objective: reward exports it, untrained."""
+    from training.config import ModelConfig
+    from training.models import load_tokenizer
+    from training.preferences import build_reward_model, export_reward_model
+
+    model = ModelConfig(name=str(tiny_model), from_scratch=True)
+    tokenizer = load_tokenizer(model)
+    export_reward_model(build_reward_model(model, seed=3), tokenizer, folder, step=1, dtype=torch.float32)
+    return folder
+
+
+def test_a_reward_model_gives_what_transformers_makes_of_the_conversation(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from rewarding.rewards import Answered, build_rewards
+
+    folder = reward_model(tmp_path / "reward", tiny_model)
+    config = GrpoConfig(
+        rewards=[RewardSource(kind="model", name=str(folder), weight=2.0), RewardSource(kind="model", name=str(folder))]
+    )
+    turns = [{"role": "user", "content": "2 + 2"}]
+    asked = [Answered("one", turns, {}, "4"), Answered("two", turns, {}, "certainly five")]
+    found = build_rewards(config, None, torch.device("cpu")).of(asked)
+    assert list(found) == ["model", "model_2"]
+    classifier, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    for place, one in enumerate(asked):
+        text = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": one.answer}], tokenize=False)
+        with torch.no_grad():
+            expected = classifier(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits.item()
+        assert found["model"][place].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_chat_model_is_refused_as_a_reward_model(teacher: Path) -> None:
+    from rewarding.rewards import build_rewards
+
+    config = GrpoConfig(rewards=[RewardSource(kind="model", name=str(teacher))])
+    with pytest.raises(ValueError, match=r"is LlamaForCausalLM, and kind: model takes a sequence classifier"):
+        build_rewards(config, None, torch.device("cpu"))
+
+
+def test_a_judge_reads_prompt_and_answer_and_what_it_cannot_say_is_counted(teacher: Path) -> None:
+    from rewarding.rewards import Answered, build_rewards
+
+    question = "Judge {answer} to {prompt}!"
+    source = RewardSource(kind="judge", name=str(teacher), prompt=question, highest=5)
+    rewards = build_rewards(GrpoConfig(rewards=[source]), None, torch.device("cpu"))
+    judge: Any = rewards.sources["judge"]
+    one = Answered("one", [{"role": "user", "content": "what is {answer}?"}], {}, "it is {prompt}")
+    read = judge.tokenizer.decode(judge.prompt_ids(one))
+    assert "Judge it is {prompt} to user: what is {answer}?!" in read
+    assert [judge.value(reply) for reply in ("4", "Score: 2.5/5", "no idea", "-1", "7")] == [0.8, 0.5, 0, 0, 0]
+    assert rewards.unread["replies"] == 3
+    (value,) = rewards.of([one])["judge"].tolist()
+    assert 0 <= value <= 1
+
+
+def test_training_by_a_judge_and_a_reward_model_tells_each_reward(
+    make_online_run: MakeRun, teacher: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = reward_model(tmp_path / "reward", tiny_model)
+    rewards = [RewardSource(kind="judge", name=str(teacher)), RewardSource(kind="model", name=str(folder), weight=0.5)]
+    run = make_online_run("run", GrpoConfig(**SHORT, rewards=rewards))
+    train_to_the_end(run)
+    line = list(run.folder.metrics())[-1]
+    assert line["reward"] == pytest.approx(line["reward_judge"] + 0.5 * line["reward_model"])
+    assert 0 <= line["judge_unread"] <= 1
+
+
+# --- prompts that cannot be asked
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": " "}, r"made\.py, train row 1: sample made-train-1: prompt is empty"),
+        ({"question": "", "answer": "4"}, r"made\.py, train row 1: sample made-train-1: prompt is empty"),
+        (
+            {"text": "no question"},
+            r"sample made-train-1 holds text and no prompt, which this finetuning\.objective answers",
+        ),
+        ({"prompt": "q", "of": {1, 2}}, r"made\.py, train row 1: .* not JSON serializable: set"),
+        ({"prompt": "q", "id": "made-train-0"}, r"two different rows have the id 'made-train-0'"),
+    ],
+)
+def test_rows_that_cannot_be_asked_are_named(row: dict[str, Any], said: str, tiny_model: Path, tmp_path: Path) -> None:
+    module = made_module(tmp_path, [{"prompt": "2 + 2"}, row])
+    with pytest.raises(ValueError, match=said):
+        prepared_prompts(tiny_model, tmp_path, module)
+
+
+def test_prompts_end_where_the_answer_begins_and_long_ones_are_dropped(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"question": "2 + 2", "answer": "4"},
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "c"},
+            ]
+        },
+        {"prompt": "word " * 99, "id": "long"},
+    ]
+    found = prepared_prompts(tiny_model, tmp_path, made_module(tmp_path, rows))
+    train = found.splits["train"]
+    assert train is not None and train.dropped == {"no room for an answer within max_length": 1} and train.packs == 2
+    from training.models import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    texts = [tokenizer.decode(row.input_ids) for row in TokenRows.open(found.folder, "train")]
+    assert all(text.endswith("<|im_start|>assistant\n") for text in texts)
+    assert "4" not in texts[0] and texts[1].count("<|im_end|>") == 3
+    kept = PromptRows(found.folder, "train")
+    assert kept["made-train-0"].row == rows[0] and kept["long"].row == rows[2]
+    with pytest.raises(KeyError, match="no row 'other'"):
+        kept["other"]
+
+
+def test_a_mixture_of_prompts_is_asked_with_its_samples_as_rows(tiny_model: Path, tmp_path: Path) -> None:
+    from mixture.mixture_folder import finish_folder
+    from mixture.scatter import WrittenPart
+
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    lines = [
+        {"id": f"s-{n}", "source": "s", "category": None, "metadata": {"total": n}, "prompt": f"{n} + 0"}
+        for n in (1, 2)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    part = WrittenPart(file="train.jsonl", split="train", stage=0, rows={"s": 2}, bytes=1, checksum="")
+    finish_folder(folder, "0" * 16, [part])
+    request = PreparationRequest(
+        dataset=DatasetConfig(name="mixture", max_length=64), mixture=folder, tokenizer=str(tiny_model),
+        objective="prompts",
+    )  # fmt: skip
+    found = prepare(request, tmp_path, lambda line: None)
+    assert PromptRows(found.folder, "train")["s-2"].row["metadata"] == {"total": 2}
+
+
+# --- settings
+
+EXAMPLE = PROJECT / "configs/examples/grpo.yaml"
+ADAPTER = ["--model.from_scratch", "false", "--model.peft", "true"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["--dataset.packing", "true"], r"dataset\.packing: .* one prompt a row"),
+        (["--training.arguments.fsdp", "full_shard"], r"training\.arguments\.fsdp: .* cannot write answers"),
+        (["--finetuning.grpo.group_size", "1"], r"finetuning\.grpo\.group_size must be at least 2"),
+        (["--finetuning.grpo.rewards", "[{kind: judge}]"], r"kind: judge needs name"),
+        (["--finetuning.grpo.rewards", "[]"], r"finetuning\.grpo\.rewards is empty"),
+        (["--finetuning.objective", "sft"], r"finetuning\.grpo is read only where"),
+        ([*ADAPTER, "--model.peft_method", "lora_moe"], r"model\.peft_method: lora_moe does not learn from rewards"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_refused_before_the_queue(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        read_run_config(EXAMPLE, overrides)
+
+
+def test_what_rewards_need_is_looked_for_before_the_queue(tmp_path: Path, teacher: Path) -> None:
+    from jobs.preflight import check_run
+
+    folders = ["--runs_dir", str(tmp_path / "runs"), "--data_dir", str(tmp_path / "data"), "--cluster", "local"]
+    rewards = "--finetuning.grpo.rewards"
+    wrong = [
+        (["--dataset.name", "ultrachat", "--dataset.num_rows", "null"], r"ultrachat\.py has no function reward"),
+        (
+            [rewards, f"[{{kind: model, name: {teacher}}}]"],
+            r"kind: model cannot be LlamaForCausalLM .* is it kind: judge",
+        ),
+        ([rewards, "[{kind: model, name: no/where/at/all}]"], r"finetuning\.grpo\.rewards: no folder no/where/at/all"),
+    ]
+    for overrides, said in wrong:
+        with pytest.raises(ConfigError, match=said):
+            check_run(EXAMPLE, [*folders, *overrides])
+    judged = check_run(EXAMPLE, [*folders, rewards, f"[{{kind: judge, name: {teacher}}}]"])
+    assert judged.config.finetuning.online is not None
+    assert judged.config.finetuning.online.rewards[0].name == str(teacher)
