@@ -1,4 +1,4 @@
-"""Finetune a language model on texts, images or preferences: one block of a chain, and the scores after the last.
+"""Finetune a language model on texts, images, preferences or rewards: one block of a chain, and its scores.
 
 train(run)      resume the newest valid checkpoint, train to the next boundary, commit a checkpoint
 evaluate(run)   score the newest valid checkpoint on the test split
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+    from rewarding.online import OnlineLoss
+    from rewarding.rewards import Rewards
+    from rewarding.rollouts import Writer
     from training.batches import PackedDataset
     from training.preferences import PreferenceCollate, PreferenceLoss, Reference
     from training.trainer import BlockTrainer
@@ -56,6 +59,8 @@ def build_trainer(run: FinetuningRun, start: BlockStart) -> BlockTrainer:
     if run.finetuning.preference is not None:
         return build_preference_trainer(run, start)
     model = build_model(run, start.checkpoint)
+    if run.finetuning.online is not None:
+        return build_online_trainer(run, start, model)
     if start.prepared.has_images:
         return make_trainer(
             with_unused_parameters(run),
@@ -111,16 +116,40 @@ def image_collate(run: FinetuningRun) -> ImageCollate:
     return ImageCollate(collate, filler=build_data(run, "train")[0][0])
 
 
+def build_online_trainer(run: FinetuningRun, start: BlockStart, model: torch.nn.Module) -> BlockTrainer:
+    """The trainer of a block in which the model answers prompts itself."""
+    from rewarding.iterations import FurtherIterations
+    from rewarding.rollouts import PromptCollate
+
+    loss = online_loss(run, model, step=start.checkpoint.step if start.checkpoint else 0)
+    trainer = make_trainer(
+        run,
+        start,
+        model=model,
+        rows=build_data(run, "train"),
+        compute_loss=loss,
+        objective=objective(run),
+        collate=PromptCollate(),
+        extra_metrics=loss.take,
+        begin_step=loss.begin_step,
+    )
+    trainer.add_callback(FurtherIterations(trainer, loss))
+    return trainer
+
+
 def objective(run: FinetuningRun) -> str:
-    """All that shapes the loss of preferences, in words: a checkpoint is resumed under these settings only."""
-    assert run.finetuning.preference is not None
-    settings = {**asdict(run.finetuning.preference), "start": [run.model.name, run.model.revision]}
+    """All that shapes the loss of preferences or rewards, in words: a checkpoint is resumed under them only."""
+    config = run.finetuning.preference or run.finetuning.online
+    assert config is not None
+    settings = {**asdict(config), "start": [run.model.name, run.model.revision]}
+    if run.finetuning.online is not None:
+        settings["max_length"] = run.dataset.max_length
     return f"{run.finetuning.objective} {json.dumps(settings, sort_keys=True)}"
 
 
 def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module:
     """The model as the chain left it, or as it begins. Its forward pass returns the loss: see `compute_loss`; for
-    preferences, what it says of the answers."""
+    preferences and rewards, what it says of the answers."""
     from training import models
 
     checkpoint = start.path if start else None
@@ -130,12 +159,13 @@ def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module
         return build_reward_model(run.model, seed=run.seed, checkpoint=checkpoint)
     reads_images = open_prepared(run).has_images
     model = models.build_model(run.model, seed=run.seed, checkpoint=checkpoint, reads_images=reads_images)
-    if run.finetuning.preference is not None:
+    online = run.finetuning.online
+    if run.finetuning.preference is not None or online is not None:
         from training.adapters import is_adapter
         from training.preferences import use_log_probabilities
 
         network: Any = model.get_base_model() if is_adapter(model) else model
-        use_log_probabilities(network)
+        use_log_probabilities(network, temperature=online.temperature if online else 1.0)
     return model
 
 
@@ -158,17 +188,24 @@ def compute_loss(model: torch.nn.Module, batch: dict[str, Any], num_items: torch
 
 
 def preference_loss(run: FinetuningRun, model: torch.nn.Module) -> PreferenceLoss:
-    """`compute_loss` of preferences, and the reference that it compares with: the model as the chain began with it."""
-    from training.adapters import is_adapter
+    """`compute_loss` of preferences, and the reference that it compares with."""
     from training.models import precision
-    from training.preferences import PreferenceLoss, Reference
+    from training.preferences import PreferenceLoss
 
     config = run.finetuning.preference
     assert config is not None
     reference = None
     if config.has_reference and not config.precompute_reference:
-        reference = Reference(None, model) if is_adapter(model) else first_reference(run)
+        reference = build_reference(run, model)
     return PreferenceLoss(config, reference, model, precision(run.model))
+
+
+def build_reference(run: FinetuningRun, model: torch.nn.Module) -> Reference:
+    """The model as the chain began with it: this one with its adapters off, or a frozen copy."""
+    from training.adapters import is_adapter
+    from training.preferences import Reference
+
+    return Reference(None, model) if is_adapter(model) else first_reference(run)
 
 
 def first_reference(run: FinetuningRun) -> Reference:
@@ -207,6 +244,42 @@ def preference_data(run: FinetuningRun, split: str, ranks: Ranks) -> tuple[Packe
     return ReferencedPacks(rows, folder, split), PreferenceCollate(has_reference=True)
 
 
+def online_loss(run: FinetuningRun, model: torch.nn.Module, *, step: int) -> OnlineLoss:
+    """`compute_loss` of rewards, after `step` optimizer steps of the chain: what answers and what rewards."""
+    from mixture.prompts import PromptRows
+    from rewarding.online import OnlineLoss
+    from rewarding.rewards import build_rewards
+
+    config = run.finetuning.online
+    assert config is not None
+    return OnlineLoss(
+        config,
+        build_writer(run, model),
+        build_rewards(config, run.module, device_of_process()),
+        PromptRows(run.prepared, "train"),
+        build_reference(run, model) if config.has_reference else None,
+        step,
+    )
+
+
+def build_writer(run: FinetuningRun, model: Any) -> Writer:
+    """The model as it answers prompts."""
+    from rewarding.rollouts import Writer
+    from training.models import precision, stop_token_ids
+
+    config, tokenizer = run.finetuning.online, build_tokenizer(run)
+    assert config is not None
+    return Writer(
+        network=model,
+        tokenizer=tokenizer,
+        stops=stop_token_ids(model, tokenizer),
+        precision=precision(run.model),
+        config=config,
+        max_length=run.dataset.max_length,
+        seed=run.seed,
+    )
+
+
 def export(run: FinetuningRun, end: Checkpoint) -> None:
     """Write the trained model where `from_pretrained` can read it."""
     model: Any = build_model(run, end)
@@ -222,7 +295,14 @@ def export(run: FinetuningRun, end: Checkpoint) -> None:
 
 
 def block_scores(run: FinetuningRun, trainer: BlockTrainer) -> dict[str, float]:
-    """What is told of a block's end: the loss on the test split, of preferences also accuracy and margin."""
+    """What is told of a block's end: the loss on the test split, of preferences also accuracy and margin; where the
+    model answers itself, the mean reward."""
+    if run.finetuning.online is not None:
+        if not has_held_out_prompts(run):
+            return {}
+        loss: Any = trainer.loss
+        by_source, _ = held_out_rewards(run, loss.writer, loss.rewards, trainer.ranks)
+        return {"eval_reward": by_source["all"]["reward"]}
     if run.finetuning.preference is None:
         collate = image_collate(run) if open_prepared(run).has_images else None
         return held_out_scores(run, trainer, compute_loss, collate)
@@ -248,10 +328,15 @@ def held_out_preferences(run: FinetuningRun, loss: Any, ranks: Ranks) -> dict[st
 def evaluate(run: FinetuningRun) -> dict[str, Any]:
     """Score the newest valid checkpoint and write evaluation.json: test loss, and answers where the module scores.
 
-    Of preferences also accuracy and margin, and all of them by source, in `models`.
+    Of preferences also accuracy and margin, and all of them by source, in `models`; where the model answers itself,
+    the mean reward before and after, instead of a loss.
     """
     ranks = Ranks.of_environment()
     checkpoint = checkpoint_to_evaluate(run, ranks)
+    if run.finetuning.online is not None:
+        result = reward_scores(run, checkpoint, ranks)
+        record_evaluation(run, result, ranks)
+        return result
     model = build_model(run, checkpoint).to(device_of_process())
     if open_prepared(run).has_images:
         result = scores_on_images(run, model, checkpoint, ranks)
@@ -302,3 +387,47 @@ def preference_scores(run: FinetuningRun, model: Any, checkpoint: Checkpoint, ra
     generated = scored_answers(run, model, tokenizer, ranks) if is_writer else None
     scores |= harness_scores(run, model, tokenizer, ranks) if is_writer else {}
     return {**as_json(None, generated, step=checkpoint.step, epoch=checkpoint.epoch), **scores}
+
+
+def reward_scores(run: FinetuningRun, checkpoint: Checkpoint, ranks: Ranks) -> dict[str, Any]:
+    """What evaluation.json holds of a model that answered prompts itself: mean rewards before and after, by source."""
+    from rewarding.rewards import build_rewards
+    from training.evaluation import as_json
+
+    config = run.finetuning.online
+    assert config is not None
+    scores: dict[str, Any] = {}
+    model: Any = build_model(run, checkpoint).to(device_of_process())
+    if has_held_out_prompts(run):
+        rewards = build_rewards(config, run.module, device_of_process())
+        first = build_writer(run, build_model(run, None).to(device_of_process()))
+        before, _ = held_out_rewards(run, first, rewards, ranks)
+        del first  # two models at once are enough
+        after, examples = held_out_rewards(run, build_writer(run, model), rewards, ranks)
+        models = {run.finetuning.objective: after, "before": before}
+        scores = {**after["all"], "reward_before": before["all"]["reward"], "examples": examples, "models": models}
+    # Last, as it turns the weights into the precision that answers are written in.
+    generated = scored_answers(run, model, build_tokenizer(run), ranks)
+    return {**as_json(None, generated, step=checkpoint.step, epoch=checkpoint.epoch), **scores}
+
+
+def has_held_out_prompts(run: FinetuningRun) -> bool:
+    """Whether there are prompts to tell the mean reward on, and it is wanted."""
+    return bool(run.evaluation.limit and open_prepared(run).splits.get("test"))
+
+
+def held_out_rewards(
+    run: FinetuningRun, writer: Writer, rewards: Rewards, ranks: Ranks
+) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
+    from mixture.prompts import PromptRows
+    from rewarding import online
+
+    return online.held_out_rewards(
+        writer,
+        rewards,
+        build_data(run, "test"),
+        PromptRows(run.prepared, "test"),
+        limit=run.evaluation.limit,
+        batch_size=run.evaluation.batch_size or run.training.batch_size,
+        ranks=ranks,
+    )

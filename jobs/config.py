@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from distilling.config import DistillationConfig, TeacherModelConfig
 from drafting.config import Eagle3Config, target_problems
+from jobs.online_checks import online_contradictions
 from mixture.config import DatasetConfig
 from mixture.render import Objective
 from settings.typed import build, leaves
@@ -213,6 +214,8 @@ class RunConfig:
             return "mixed"
         if self.finetuning.objective in ("sft", "pretrain", "mixed"):
             return self.finetuning.objective
+        if self.finetuning.online is not None:
+            return "prompts"
         return "labelled" if self.finetuning.objective == "kto" else "pairs"
 
 
@@ -383,6 +386,10 @@ def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
                 f"evaluation.lm_eval: its tasks are for models that write texts, which {kind} does not; leave it out",
             )
         )
+    if config.trainer == "finetuning" and config.finetuning.online is not None:
+        packing = tree.values["dataset"].get("packing")
+        found = online_contradictions(config.finetuning.online, config.model, config.training, packing=packing)
+        problems += [Problem(tree.place(tuple(key.split("."))), message) for key, message in found.items()]
     if config.eagle3 is not None:
         problems += [
             Problem(tree.place(tuple(problem.partition(":")[0].split("."))), problem)

@@ -21,6 +21,7 @@ from jobs.cluster import SilentControllerError, read_partitions
 from jobs.config import PROJECT, RunConfig, read_tree, run_config
 from jobs.distillation_checks import check_cache, check_distillation, find_cache, model_shape, require_weights
 from jobs.local import visible_devices
+from jobs.online_checks import find_rewards
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile, check_module, resolve_module
 from mixture.hub import absolute_data_files
@@ -136,6 +137,9 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
             problems.append(Problem(tree.place(("dataset", key)), message))
     if config.evaluation.unprotected_code and (module is not None or mixture is not None):
         collect("evaluation.unprotected_code", require_code_score, module)
+    finetuning = find_rewards(
+        config.finetuning, module, bool(config.dataset.mixture or config.dataset.names), folder, find_model, collect
+    )
     if distillation is not None:
         model = replace(config.model, name=name or config.model.name, tokenizer=tokenizer)
         check_distillation(replace(config, model=model, distillation=distillation), collect)
@@ -151,6 +155,7 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
         data_dir=str(config.data_folder),
         dataset=replace(dataset, file=f"{module.path}:{module.function}") if module else dataset,
         model=replace(config.model, name=name, tokenizer=tokenizer, adapters=adapters, checkpoint_dir=checkpoint_dir),
+        finetuning=finetuning,
         distillation=distillation,
         evaluation=evaluation,
     )

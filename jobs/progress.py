@@ -68,6 +68,8 @@ def size_of(run: RunFolder, name: str) -> int:
 def numbers_of(metrics: dict[str, Any]) -> str:
     """Loss, learning rate and speed in one short text."""
     parts = [f"loss {metrics['loss']:.4f}", f"lr {metrics['lr']:.2e}"]
+    if "reward" in metrics:
+        parts.insert(0, f"reward {metrics['reward']:.4f}")
     if metrics.get("tokens_per_s"):
         parts.append(f"{metrics['tokens_per_s']:,.0f} tokens/s")
     return "  ".join(parts)
@@ -81,10 +83,9 @@ def describe_event(event: dict[str, Any]) -> str | None:
         case "resumed":
             return f"  resumed from step {event['step']}"
         case "block_end":
-            loss = event.get("eval_loss")
-            return f"  block {event['block']} ends at step {event['step']}" + (
-                f", test loss {loss:.4f}" if loss else ""
-            )
+            loss, reward = event.get("eval_loss"), event.get("eval_reward")
+            told = f", test loss {loss:.4f}" if loss else f", test reward {reward:.4f}" if reward is not None else ""
+            return f"  block {event['block']} ends at step {event['step']}{told}"
         case "job_end":
             outcome = "done" if event["exit_code"] == 0 else f"ended with exit code {event['exit_code']}"
             return f"{event['kind']} {outcome} after {event['seconds']:.0f} s"

@@ -51,9 +51,9 @@ def report_page(run: RunFolder) -> str:
     """The page as text."""
     status = read_status(run)
     metrics = last_line_of_each_step(run)
-    ends = [event for event in run.events() if event["event"] == "block_end" and event.get("eval_loss") is not None]
-    boundaries = [event["step"] for event in run.events() if event["event"] == "block_end"]
-    test_loss = [(event["step"], event["eval_loss"]) for event in ends]
+    ends = [event for event in run.events() if event["event"] == "block_end"]
+    boundaries = [event["step"] for event in ends]
+    test_loss = series(ends, "eval_loss")
     charts = [
         chart(
             "Loss (line: training, dots: test split at block ends)",
@@ -69,9 +69,10 @@ def report_page(run: RunFolder) -> str:
         charts.insert(1, chart("Cross entropy (blue) and divergence from the teacher (red)", parts, boundaries))
     if metrics and "margin" in metrics[-1]:
         for key, title in (("accuracy", "Preferences: accuracy"), ("margin", "Preferences: margin of rewards")):
-            held_out = [(event["step"], event[f"eval_{key}"]) for event in ends]
-            parts = [Curve(series(metrics, key), "#2f6fde"), Curve(held_out, "#d9541e", dots=True)]
+            parts = [Curve(series(metrics, key), "#2f6fde"), Curve(series(ends, f"eval_{key}"), "#d9541e", dots=True)]
             charts.append(chart(f"{title} (line: training, dots: test split at block ends)", parts, boundaries))
+    if metrics and "reward" in metrics[-1]:
+        charts = reward_charts(metrics, ends, boundaries) + charts
     if metrics and "expert_balance" in metrics[-1]:
         charts.append(
             chart("Balance of the experts (1: even)", [Curve(series(metrics, "expert_balance"), "#2f6fde")], boundaries)
@@ -91,6 +92,31 @@ def report_page(run: RunFolder) -> str:
             "</body></html>\n",
         ]
     )
+
+
+REWARD_CHARTS = {
+    "answer_tokens": "Tokens of an answer",
+    "zero_std_share": "Share of prompts whose answers are all worth the same",
+    "cut_share": "Share of answers that came to no end",
+    "entropy": "Entropy of a token, in nats",
+    "kl": "KL divergence from the model before, in nats a token",
+    "clip_share": "Share that was clipped",
+}
+
+
+def reward_charts(
+    metrics: Sequence[dict[str, Any]], ends: Sequence[dict[str, Any]], boundaries: Sequence[int]
+) -> list[str]:
+    """The reward of a model's own answers, each of several rewards, and what tells how it is won."""
+    held_out = Curve(series(ends, "eval_reward"), "#d9541e", dots=True)
+    title = "Mean reward (line: training, dots: test split at block ends)"
+    charts = [chart(title, [Curve(series(metrics, "reward"), "#2f6fde"), held_out], boundaries)]
+    parts = [name for name in metrics[-1] if name.startswith("reward_") and name != "reward_std"]
+    titles = {name: f"Mean reward by {name.removeprefix('reward_')}" for name in parts if len(parts) > 1}
+    for name, title in {**titles, **REWARD_CHARTS}.items():
+        if name in metrics[-1]:
+            charts.append(chart(title, [Curve(series(metrics, name), "#2f6fde")], boundaries))
+    return charts
 
 
 def last_line_of_each_step(run: RunFolder) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mixture.formats import Message, Sample
+from mixture.prompts import PromptRenderer
 from mixture.render import Mask, Objective, OverLength, Renderer
 from mixture.shards import TokenRow
 
@@ -38,6 +39,10 @@ def renderer_for(
     objective: Objective, tokenizer: Any, *, max_length: int, over_length: OverLength | None, mask_rationale: bool
 ) -> Renderer:
     """The renderer of an objective. ValueError for settings that its rows cannot follow."""
+    if objective == "prompts":
+        if mask_rationale:
+            raise ValueError("dataset.mask_rationale: prompts have no rationale; leave the key out")
+        return PromptRenderer(tokenizer, max_length=max_length, over_length=over_length)
     if not is_preference(objective):
         return Renderer(
             tokenizer,

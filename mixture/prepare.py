@@ -26,9 +26,10 @@ from mixture.dataset_modules import ModuleFile, load_rows, parse_module, score_f
 from mixture.formats import NoExchangeError, Sample, canonical_sample, detect_format
 from mixture.packing import packs_of_units, single_packs, staged_packs
 from mixture.preferences import ROWS_PER_UNIT, is_preference, renderer_for
+from mixture.prompts import PromptWriter
 from mixture.render import OVER_LENGTH_DEFAULT, Objective, generation_prompt
 from mixture.shards import TokenWriter, write_packs
-from mixture.tokenising import NOTHING, LineBatch, SourceStats, Tokenising, line_batches
+from mixture.tokenising import NOTHING, LineBatch, SourceStats, Tokenising, line_batches, read_samples
 from mixture.whole_files import write_whole
 from mixture.workers import default_workers
 
@@ -292,6 +293,8 @@ def write_prepared(request: PreparationRequest, folder: Path, report: Report, wo
     """Write all files of prepared data, the marker last."""
     processor = load_processor(request)
     dataset = request.dataset
+    if request.objective == "prompts":
+        dataset = replace(dataset, packing=False)  # what is packed are answers, once they are written
     # All splits before any is written: a missing test split should not cost the time of writing the train split.
     rows = rows_of_module(request, processor, report)
     if rows and rows.hold_images:
@@ -552,9 +555,9 @@ def input_splits(
 ) -> dict[str, SplitInput]:
     """The splits of a request; a module writes its rows to `folder` while they are read."""
     if rows is None:
-        return mixture_splits(request)
-    splits = module_splits(rows, folder, report)
-    return splits if request.mixture is None else {**splits, "train": mixture_splits(request)["train"]}
+        return mixture_splits(request, folder)
+    splits = module_splits(rows, folder, report, has_prompts=request.objective == "prompts")
+    return splits if request.mixture is None else {**splits, "train": mixture_splits(request, folder)["train"]}
 
 
 # --- rows of a dataset module
@@ -599,13 +602,21 @@ def with_first(rows: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     return (head[0] if head else None), chain(head, iterator)
 
 
-def module_splits(rows: RowsOfModule, folder: Path, report: Report) -> dict[str, SplitInput]:
+def module_splits(rows: RowsOfModule, folder: Path, report: Report, *, has_prompts: bool) -> dict[str, SplitInput]:
     """Both splits of a dataset module with texts and conversations."""
-    path, source = rows.module.path, rows.source
     has_score = score_function(rows.module) is not None
     return {
-        "train": ModuleRows(rows.train, path, folder, "train", source, report, keep_raw_rows=False),
-        "test": ModuleRows(rows.test, path, folder, "test", source, report, keep_raw_rows=has_score),
+        split: ModuleRows(
+            of_split,
+            rows.module.path,
+            folder,
+            split,
+            rows.source,
+            report,
+            keep_raw_rows=has_score and split == "test" and not has_prompts,
+            prompts=PromptWriter(folder, split) if has_prompts else None,
+        )
+        for split, of_split in (("train", rows.train), ("test", rows.test))
     }
 
 
@@ -622,6 +633,7 @@ class ModuleRows:
         report: Report,
         *,
         keep_raw_rows: bool,
+        prompts: PromptWriter | None = None,
     ) -> None:
         self.rows = rows
         self.module = module
@@ -630,6 +642,7 @@ class ModuleRows:
         self.source = source
         self.report = report
         self.keep_raw_rows = keep_raw_rows
+        self.prompts = prompts
         self.formats: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.raw_rows: list[bytes] = []
@@ -650,6 +663,8 @@ class ModuleRows:
                 self.formats[detect_format(row).name] += 1
                 sample = canonical_sample(row, source=self.source, row_id=f"{self.source}-{self.name}-{index}")
                 line = orjson.dumps(sample.as_json(), option=orjson.OPT_APPEND_NEWLINE)
+                if self.prompts:
+                    self.prompts.add(sample.id, sample.content, row)
             except NoExchangeError:
                 self.dropped["no question with an answer"] += 1
                 continue
@@ -676,6 +691,8 @@ class ModuleRows:
         self.report(f"{self.name}: answers will not be generated and scored: {reason}")
 
     def finish(self) -> None:
+        if self.prompts:
+            self.prompts.finish()
         if self.raw_rows:
             with (self.folder / f"{self.name}_rows.jsonl").open("wb") as file:
                 file.writelines(self.raw_rows)
@@ -707,8 +724,8 @@ def mixture_parts(mixture: Path) -> list[MixturePart]:
     return [MixturePart(mixture / part["file"], part["split"], part["stage"]) for part in parts]
 
 
-def mixture_splits(request: PreparationRequest) -> dict[str, SplitInput]:
-    """The splits of a mixture: `train`, and its `test` or `validation` split as `test`."""
+def mixture_splits(request: PreparationRequest, folder: Path) -> dict[str, SplitInput]:
+    """The splits of a mixture: `train`, and its `test` or `validation` split as `test`; prompts go to `folder`."""
     assert request.mixture is not None
     parts = mixture_parts(request.mixture)
     test = [part for part in parts if part.split == "test"] or [part for part in parts if part.split == "validation"]
@@ -716,14 +733,22 @@ def mixture_splits(request: PreparationRequest) -> dict[str, SplitInput]:
     if not splits["train"]:
         raise ValueError(f"the mixture {request.mixture} has no rows to train on")
     limit = request.dataset.limit
-    return {name: MixtureRows(chosen, request.mixture, limit) for name, chosen in splits.items() if chosen}
+    has_prompts = request.objective == "prompts"
+    return {
+        name: MixtureRows(chosen, request.mixture, limit, PromptWriter(folder, name) if has_prompts else None)
+        for name, chosen in splits.items()
+        if chosen
+    }
 
 
 class MixtureRows:
     """Samples of one split of a mixture, read from its parts; at most `limit` of them."""
 
-    def __init__(self, parts: list[MixturePart], mixture: Path, limit: int | None) -> None:
+    def __init__(
+        self, parts: list[MixturePart], mixture: Path, limit: int | None, prompts: PromptWriter | None = None
+    ) -> None:
         self.parts = parts
+        self.prompts = prompts
         self.mixture = mixture
         self.limit = limit
         self.formats: Counter[str] = Counter()
@@ -738,10 +763,14 @@ class MixtureRows:
             for part in parts:
                 for batch in line_batches(islice(lines_of(part.path), remaining), str(part.path), stage):
                     remaining = None if remaining is None else remaining - len(batch.lines)
+                    if self.prompts:
+                        self.prompts.extend(read_samples(batch))
                     yield batch
 
     def finish(self) -> None:
-        """Nothing: samples stay in the mixture."""
+        """Write the index of prompts; all other samples stay in the mixture."""
+        if self.prompts:
+            self.prompts.finish()
 
 
 def lines_of(path: Path) -> Iterator[bytes]:

@@ -32,9 +32,9 @@ from mixture.tokenizers import (
     span_mask,
 )
 
-Objective = Literal["sft", "pretrain", "mixed", "pairs", "labelled"]
+Objective = Literal["sft", "pretrain", "mixed", "pairs", "labelled", "prompts"]
 """What counts in the loss: assistant turns, every token, or the former in conversations and the latter in texts; or
-answers that are compared or labelled (mixture/preferences.py)."""
+answers that are compared or labelled (mixture/preferences.py), or that are still to be written (mixture/prompts.py)."""
 
 OverLength = Literal["drop", "split", "truncate"]
 Mask = npt.NDArray[np.bool_]
@@ -45,6 +45,7 @@ OVER_LENGTH_DEFAULT: dict[Objective, OverLength | None] = {
     "mixed": None,
     "pairs": "drop",
     "labelled": "drop",
+    "prompts": "drop",
 }
 """None: conversations are dropped, and texts split."""
 

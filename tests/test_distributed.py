@@ -28,6 +28,7 @@ from training.checkpoints import newest_valid
 from training.config import EvaluationConfig, FinetuningConfig, KtoConfig, LmEvalConfig, LoraConfig
 from training.distributed import Ranks, agree_on_any, failing_together, from_main, join_ranks, tasks_on_node
 from training.ledger import Ledger
+from training.online_config import GrpoConfig, RlooConfig
 from training.run import FinetuningRun, TrainerRun
 
 MakeRun = Callable[..., FinetuningRun]
@@ -223,6 +224,42 @@ def test_three_ranks_share_the_questions_of_a_harness_and_all_learn_its_scores(
     tasks = LmEvalConfig(tasks=list(TASKS), include_path=str(write_tasks(tmp_path / "tasks")), limit=5)
     run = replace(run, evaluation=EvaluationConfig(limit=0, lm_eval=tasks))
     assert on_three_ranks(evaluated, run) == [evaluated(run)] * NUM_RANKS
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GrpoConfig(group_size=4, max_new_tokens=4, loss="dapo", beta=0.1, iterations=2),
+        RlooConfig(group_size=4, max_new_tokens=4, beta=0.1),
+    ],
+    ids=["grpo", "rloo"],
+)
+def test_three_ranks_learn_from_rewards_exactly_and_as_one_rank_does(
+    settings: Any, on_three_ranks: OnThreeRanks, make_run: MakeRun, tmp_path: Path
+) -> None:
+    module = ModuleFile(PROJECT / "datasets/synthetic_sums.py")
+    request = PreparationRequest(
+        dataset=DatasetConfig(name="synthetic_sums", max_length=64, module_keys={"num_rows": 13}),
+        module=module, tokenizer=make_run("unused").model.name, objective="prompts",
+    )  # fmt: skip
+    prepared = prepare(request, tmp_path, lambda line: None).folder
+
+    def online_run(name: str, **training: Any) -> FinetuningRun:
+        run = make_run(name, training={"lr": 1e-3, "batch_size": 2, "log_every": 1, **training})
+        config = FinetuningConfig(objective=settings.section, **{settings.section: settings})
+        return replace(run, module=module, dataset=request.dataset, prepared=prepared, finetuning=config)
+
+    one_rank = online_run("one-rank", gradient_accumulation=3, epochs_per_job=2)
+    whole, chain = online_run("whole", epochs_per_job=2), online_run("chain", total_jobs=2)
+    train_all([one_rank])
+    on_three_ranks(train_all, [chain, whole])
+
+    assert_same_weights(chain, whole)
+    lines_of_one, lines_of_three = list(one_rank.folder.metrics()), list(whole.folder.metrics())
+    assert len(lines_of_one) == len(lines_of_three) == 4, "the last step of an epoch leaves one rank without a prompt"
+    for line_of_one, line_of_three in zip(lines_of_one, lines_of_three, strict=True):
+        for part in ("loss", "grad_norm", "reward", "reward_std", "answer_tokens", "entropy", "kl"):
+            assert line_of_three[part] == pytest.approx(line_of_one[part], rel=1e-3, abs=1e-5), part
 
 
 def test_a_chain_begun_on_three_ranks_is_not_resumed_on_one(on_three_ranks: OnThreeRanks, make_run: MakeRun) -> None:

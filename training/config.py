@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from training.adapter_options import adapter_problems
+from training.online_config import ONLINE_CONFIGS, GrpoConfig, OnlineConfig, RlooConfig
 
 LearningRateSchedule = Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"]
 ExtensionPolicy = Literal["constant", "rewarm", "stretch"]
@@ -415,10 +416,11 @@ PREFERENCE_CONFIGS: dict[str, type[PreferenceConfig]] = {
 class FinetuningConfig:
     """The finetuning trainer."""
 
-    objective: Literal["sft", "pretrain", "mixed", "dpo", "kto", "orpo", "reward"] = "sft"
+    objective: Literal["sft", "pretrain", "mixed", "dpo", "kto", "orpo", "reward", "grpo", "rloo"] = "sft"
     """`sft`: loss on assistant turns. `pretrain`: loss on every token. `mixed`: on assistant turns of conversations
     and on every token of plain texts. `dpo`, `orpo`: of two answers the chosen one becomes likelier. `kto`: the same
-    of answers labelled one by one. `reward`: a model that gives the chosen answer the higher number."""
+    of answers labelled one by one. `reward`: a model that gives the chosen answer the higher number. `grpo`, `rloo`:
+    the model answers prompts itself, and the answers with the higher reward become likelier."""
 
     dpo: DpoConfig | None = None
     """Settings of the objective of this name."""
@@ -432,10 +434,16 @@ class FinetuningConfig:
     reward: RewardConfig | None = None
     """Settings of the objective of this name."""
 
+    grpo: GrpoConfig | None = None
+    """Settings of the objective of this name."""
+
+    rloo: RlooConfig | None = None
+    """Settings of the objective of this name."""
+
     def __post_init__(self) -> None:
         problems = [
             f"finetuning.{name} is read only where finetuning.objective is {name}, and it is {self.objective}"
-            for name in PREFERENCE_CONFIGS
+            for name in (*PREFERENCE_CONFIGS, *ONLINE_CONFIGS)
             if name != self.objective and getattr(self, name) is not None
         ]
         if problems:
@@ -448,6 +456,14 @@ class FinetuningConfig:
             return None
         given: PreferenceConfig | None = getattr(self, self.objective)
         return given or PREFERENCE_CONFIGS[self.objective]()
+
+    @property
+    def online(self) -> OnlineConfig | None:
+        """The settings of an objective whose answers the model writes itself; None for the others."""
+        if self.objective not in ONLINE_CONFIGS:
+            return None
+        given: OnlineConfig | None = getattr(self, self.objective)
+        return given or ONLINE_CONFIGS[self.objective]()
 
 
 @dataclass(kw_only=True, frozen=True)

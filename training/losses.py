@@ -89,17 +89,22 @@ def linear_log_probabilities(
     targets_N: torch.Tensor,
     shape: LogitShape = PLAIN_LOGITS,
     chunk_tokens: int | None = None,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """The log-probability of each target, [N], in nats; every one of them may have a gradient of its own.
 
-    The logits of a chunk are forgotten and computed again in the backward pass.
+    Of the distribution that is sampled at `temperature`. The logits of a chunk are forgotten and computed again in the
+    backward pass.
     """
     if chunk_tokens is None:
         chunk_tokens = tokens_per_chunk(*head.weight.shape, device_type=hidden_NH.device.type)
     parts = [
-        checkpoint(_log_probabilities, hidden, *head, targets, shape, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(
+            _log_probabilities, hidden, *head, targets, shape, temperature,
+            use_reentrant=False, preserve_rng_state=False,
+        )
         for hidden, targets in zip(hidden_NH.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True)
-    ]
+    ]  # fmt: skip
     return torch.cat(parts)
 
 
@@ -109,9 +114,12 @@ def _log_probabilities(
     bias_V: torch.Tensor | None,
     targets_N: torch.Tensor,
     shape: LogitShape,
+    temperature: float,
 ) -> torch.Tensor:
     logits_NV = shape_logits(linear(hidden_NH.to(weight_VH.dtype), weight_VH, bias_V), shape)
     sum_dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    if temperature != 1:
+        logits_NV = logits_NV.to(sum_dtype) / temperature
     chosen_N1 = logits_NV.gather(1, targets_N[:, None]).to(sum_dtype)
     return chosen_N1.squeeze(1) - logits_NV.to(sum_dtype).logsumexp(-1)
 

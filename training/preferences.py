@@ -61,16 +61,18 @@ class AnswerValues(ModelOutput):
     """The log-probability of each supervised token, [N]; of a reward model, the reward of each answer, [S]."""
 
 
-def use_log_probabilities(model: PreTrainedModel) -> None:
+def use_log_probabilities(model: PreTrainedModel, temperature: float = 1.0) -> None:
     """Has the model's forward return the log-probabilities of the supervised tokens when it is given labels.
 
-    It never holds the logits of all tokens. Without labels the forward is the model's own.
+    Those of the distribution that is sampled at `temperature`. It never holds the logits of all tokens. Without labels
+    the forward is the model's own.
     """
 
     def values(network: Any, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
         places = supervised_places(labels)
         hidden_NH = network.base_model(**inputs, use_cache=False)[0].flatten(0, 1).index_select(0, places.index)
-        return linear_log_probabilities(hidden_NH, output_head(network), places.targets, logit_shape(network))
+        head, shape = output_head(network), logit_shape(network)
+        return linear_log_probabilities(hidden_NH, head, places.targets, shape, temperature=temperature)
 
     use_values(model, values)
 

@@ -304,12 +304,13 @@ class BlockTrainer(Trainer):
         if self.logged_at_s is None:
             self.logged_tokens, self.logged_at_s = self.state.num_input_tokens_seen, time.monotonic()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.tokens_of_step = sum(batch["input_ids"].numel() for batch in batches)
-        self.uncounted_tokens += self.tokens_of_step
         epoch = self.state.global_step // self.horizon.steps_per_epoch
         self.counter.begin_step(epoch, [batch.pop(ROW_NUMBERS) for batch in batches])
         if self.begin_step:
             num_items = torch.tensor(self.begin_step(batches), device=device)
+        # Last: a step that begins with answers to be written has more tokens than were read.
+        self.tokens_of_step = sum(batch["input_ids"].numel() for batch in batches)
+        self.uncounted_tokens += self.tokens_of_step
         return batches, num_items
 
     def training_step(
