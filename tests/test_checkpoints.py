@@ -37,6 +37,7 @@ TERMS = ResumeTerms(
     batch_size=8,
     gradient_accumulation=1,
     world_size=2,
+    parallelism="ddp",
     horizon_steps=100,
     optimization="lr 1e-05, cosine",
 )

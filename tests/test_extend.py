@@ -151,6 +151,7 @@ def checkpoint_at(step: int) -> Checkpoint:
         batch_size=4,
         gradient_accumulation=1,
         world_size=2,
+        parallelism="ddp",
         horizon_steps=20,
         optimization="lr 0.001, cosine",
     )

@@ -130,6 +130,7 @@ def make_trainer(
         batch_size=run.training.batch_size,
         gradient_accumulation=run.training.gradient_accumulation,
         world_size=start.ranks.world_size,
+        parallelism=run.training.parallelism,
         horizon_steps=start.horizon.total_steps,
         optimization=run.training.optimization,
     )
@@ -150,6 +151,7 @@ def make_trainer(
             horizon=start.horizon,
             first_horizon_steps=first_horizon_steps(start.horizon, run.training),
         ),
+        precision=precision(run.model),
         config=run.training,
         arguments=training_arguments(
             run.training, folder=run.folder, horizon=start.horizon, seed=run.seed, precision=precision(run.model)

@@ -42,6 +42,7 @@ class ResumeTerms:
     batch_size: int
     gradient_accumulation: int
     world_size: int
+    parallelism: str
     horizon_steps: int
     optimization: str
     """Learning rate, its schedule and the weight decay, in words."""
@@ -55,6 +56,7 @@ REMEDY = {
     "batch_size": "restore training.batch_size",
     "gradient_accumulation": "restore training.gradient_accumulation",
     "world_size": "ask for as many GPUs as the chain began with (slurm.nodes x slurm.gpus_per_node)",
+    "parallelism": "restore training.parallelism, which decides how the optimizer's state lies in a checkpoint",
     "optimization": "restore training.lr, training.lr_scheduler, training.warmup, training.weight_decay and "
     "training.extensions",
     "horizon_steps": "the learning rate spans the whole chain; restore training.epochs_per_job and "
