@@ -266,11 +266,57 @@ def test_shards_that_one_process_cannot_write_cost_only_the_newest_checkpoint(
     assert_same_weights(run, whole)
 
 
-def test_a_chain_begun_on_three_ranks_is_not_resumed_on_one(on_three_ranks: OnThreeRanks, make_run: MakeRun) -> None:
-    run = make_run("run", training={"batch_size": 2, "total_jobs": 2})
-    on_three_ranks(finetuning.train, run)
-    with pytest.raises(ValueError, match="world_size: 3 -> 1"):
-        finetuning.train(replace(run, training=replace(run.training, batch_size=6)))
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+def test_a_chain_goes_on_over_other_processes_where_its_steps_stay_the_same(
+    parallelism: str, on_three_ranks: OnThreeRanks, make_run: MakeRun
+) -> None:
+    training = {"lr": 1e-3, "batch_size": 2, "log_every": 1, "parallelism": parallelism}
+    whole = make_run("whole", training={**training, "epochs_per_job": 2})
+    over_three = {**training, "total_jobs": 2, "save_every": 2}
+    over_one = {**over_three, "gradient_accumulation": 3}
+    on_three_ranks(train_all, [whole])
+    to_one, from_one = make_run("to-one", training=over_three), make_run("from-one", training=over_one)
+    on_three_ranks(finetuning.train, to_one)
+    finetuning.train(from_one)
+    for run in (to_one, from_one):
+        shutil.rmtree(run.folder.checkpoints / "step_00000003")  # to go on from step 2, in mid-epoch
+        keep_metrics(run, steps=2)
+    train_all([make_run("to-one", training=over_one)])
+    on_three_ranks(train_all, [make_run("from-one", training=over_three)])
+
+    for run in (to_one, from_one):
+        assert_same_losses(run, whole)
+        end, _ = newest_valid(run.folder.checkpoints)
+        assert end is not None and end.ledger == Ledger(rows_per_epoch=13, whole_epochs=2)
+    resumed = next(event for event in to_one.folder.events() if event["event"] == "resumed")
+    assert resumed["step"] == 2
+    assert resumed["split_before"] == "2 rows x 1 micro-batches x 3 processes"
+    assert resumed["split"] == "2 rows x 3 micro-batches x 1 process"
+
+
+def keep_metrics(run: TrainerRun, *, steps: int) -> None:
+    lines = run.folder.path.joinpath("metrics.jsonl").read_text().splitlines(keepends=True)
+    run.folder.path.joinpath("metrics.jsonl").write_text("".join(lines[:steps]))
+
+
+def test_a_chain_does_not_go_on_over_other_processes_where_its_steps_would_change(
+    on_three_ranks: OnThreeRanks, make_run: MakeRun
+) -> None:
+    training = {"batch_size": 2, "total_jobs": 2}
+    plain = make_run("plain", training=training)
+    train_all([replace(plain, training=replace(plain.training, total_jobs=1), folder=make_run("base").folder)])
+    base = {"name": str(make_run("base").folder.export), "from_scratch": False, "peft": True}
+    dropout = make_run("dropout", model={**base, "lora": LoraConfig(dropout=0.1)}, training=training)
+    experts = make_run("experts", model={**base, "peft_method": "lora_moe"}, training=training)
+    for run in (plain, dropout, experts):
+        on_three_ranks(finetuning.train, run)
+    split = {"batch_size": 2, "gradient_accumulation": 3}
+    with pytest.raises(ValueError, match="world_size: 3 -> 1") as refusal:
+        finetuning.train(plain)
+    assert "training.gradient_accumulation: 3 keeps them" in str(refusal.value)
+    for run, why in ((dropout, "random numbers were drawn, as dropout does"), (experts, "balances its experts")):
+        with pytest.raises(ValueError, match=why):
+            finetuning.train(replace(run, training=replace(run.training, **split)))
 
 
 def assert_same_weights(one: TrainerRun, other: TrainerRun) -> None:

@@ -161,5 +161,5 @@ def checkpoint_with(ledger: Ledger, *, epoch: int) -> Checkpoint:
     )  # fmt: skip
     return Checkpoint(
         path=Path("step_00000006"), num_bytes=1, step=6, epoch=epoch, samples=12, learning_rate=0.0, terms=terms,
-        ledger=ledger,
+        ledger=ledger, tied_to_split=None,
     )  # fmt: skip

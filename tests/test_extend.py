@@ -162,6 +162,7 @@ def checkpoint_at(step: int) -> Checkpoint:
         learning_rate=0.0,
         terms=terms,
         ledger=Ledger(rows_per_epoch=80),
+        tied_to_split=None,
         path=Path(),
         num_bytes=0,
     )

@@ -103,7 +103,7 @@ def save_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None
     """Write the optimizer's state, each process its own shards. OSError on all processes where any cannot write."""
     state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
     try:
-        save({"optimizer": state}, checkpoint_id=folder / OPTIMIZER_FOLDER)
+        save({"optimizer": state}, checkpoint_id=folder / OPTIMIZER_FOLDER, no_dist=not distributed.is_initialized())
     except CheckpointException as error:  # no Exception, and a table of tracebacks
         reasons = [f"process {rank}: {reason}" for rank, (reason, _) in error.failures.items()]
         raise OSError("; ".join(reasons)) from error
@@ -113,5 +113,5 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None
     """Load what `save_optimizer` wrote, by however many processes it was."""
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     state = get_optimizer_state_dict(model, optimizer, options=options)
-    load({"optimizer": state}, checkpoint_id=folder / OPTIMIZER_FOLDER)
+    load({"optimizer": state}, checkpoint_id=folder / OPTIMIZER_FOLDER, no_dist=not distributed.is_initialized())
     set_optimizer_state_dict(model, optimizer, state, options=options)

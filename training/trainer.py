@@ -157,6 +157,15 @@ def random_states() -> list[Any]:
     return [random.getstate(), np.random.get_state(), torch.get_rng_state(), *devices]
 
 
+def are_same_states(states: list[Any], others: list[Any]) -> bool:
+    (python, numpy_state, *torch_states), (other_python, other_numpy, *other_torch) = states, others
+    return (
+        python == other_python
+        and all(map(np.array_equal, numpy_state, other_numpy))
+        and all(map(torch.equal, torch_states, other_torch))
+    )
+
+
 def restore_random_states(states: list[Any]) -> None:
     python_state, numpy_state, cpu_state, *devices = states
     random.setstate(python_state)
@@ -195,6 +204,7 @@ class BlockTrainer(Trainer):
         arguments: TrainingArguments,
         horizon: Horizon,
         terms: ResumeTerms,
+        tied_to_split: str | None,
         folder: RunFolder,
         ranks: Ranks,
         start: Checkpoint | None,
@@ -214,6 +224,7 @@ class BlockTrainer(Trainer):
         self.config = config
         self.horizon = horizon
         self.terms = terms
+        self.tied_to_split = tied_to_split or (start.tied_to_split if start else None)
         self.folder = folder
         self.ranks = ranks
         self.start = start
@@ -248,6 +259,7 @@ class BlockTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         # Placed already, and not to be wrapped for DDP.
         self.is_distributed_loading_by_transformers = sharding.is_sharded(model)
+        self.first_random_states = random_states()
         # Have the supervised tokens of an optimizer step counted, over micro-batches and ranks.
         self.model_accepts_loss_kwargs = True
 
@@ -293,6 +305,11 @@ class BlockTrainer(Trainer):
         if self.args.should_save:
             assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing where steps were split otherwise: nothing was drawn, so all are still where the seed put them."""
+        if self.start and self.start.terms.split == self.terms.split:
+            super()._load_rng_state(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Of an adapter, what is trained and no more; else the whole model."""
@@ -480,6 +497,9 @@ class BlockTrainer(Trainer):
             self.refuse_damaged_weights()
         self.count_tokens()
         self.ledger = self.ledger.adding(chain.from_iterable(gather_on_all(self.counter.take())))
+        (has_drawn,) = agree_on_any(not are_same_states(random_states(), self.first_random_states))
+        if has_drawn:
+            self.tied_to_split = "random numbers were drawn, as dropout does, by each process for its own rows"
         try:
             with failing_together():
                 self.prepare_folder(temporary)
@@ -561,14 +581,14 @@ class BlockTrainer(Trainer):
         step = self.state.global_step
         epoch, step_in_epoch = divmod(step, self.horizon.steps_per_epoch)
         rows = len(self.train_dataset)
-        rows_per_step = self.config.batch_size * self.config.gradient_accumulation * self.ranks.world_size
         return Progress(
             step=step,
             epoch=step / self.horizon.steps_per_epoch,
-            samples=epoch * rows + min(step_in_epoch * rows_per_step, rows),
+            samples=epoch * rows + min(step_in_epoch * self.terms.split.rows_per_step, rows),
             learning_rate=self.learning_rate(step, peak=self.config.lr),
             terms=self.terms,
             ledger=self.ledger,
+            tied_to_split=self.tied_to_split,
         )
 
     def estimated_bytes(self) -> int:
