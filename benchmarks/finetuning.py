@@ -346,6 +346,7 @@ def run_baton(model: PreTrainedModel, samples: list[Sample], scale: Scale, clock
             batch_size=1,
             gradient_accumulation=1,
             world_size=1,
+            parallelism="ddp",
             horizon_steps=horizon.total_steps,
             optimization="",
         ),

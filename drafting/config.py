@@ -146,12 +146,11 @@ def target_problems(model: ModelConfig, training: TrainingConfig) -> list[str]:
         problems.append("model.from_scratch: the target of a draft needs trained weights")
     if model.peft:
         problems.append("model.peft: the target of a draft is frozen and its draft is trained in full; leave it out")
-    for key in ("fsdp", "deepspeed"):
-        if training.arguments.get(key):
-            problems.append(
-                f"training.arguments.{key}: a draft is small, and each process holds it whole beside its target; leave "
-                "it out"
-            )
+    if training.parallelism != "ddp":
+        problems.append(
+            f"training.parallelism: {training.parallelism}: a draft is small, and each process holds it whole beside "
+            "its target; use ddp"
+        )
     if model.tokenizer is not None:
         problems.append(
             f"model.tokenizer: the target is served with its own tokenizer and chat template, not those of "

@@ -437,12 +437,11 @@ def contradictions_of_adapter(config: RunConfig, tree: ConfigTree) -> list[Probl
             "model.adapter.init_lora_weights: the reference of preferences is the model with its adapter off, and "
             "other first weights change the model below; leave it out"
         )
-    for key in ("fsdp", "deepspeed"):
-        if config.training.arguments.get(key) and method in (EXPERTS, "adalora"):
-            messages["peft_method"] = (
-                f"model.peft_method: {method} looks at whole weights between the steps, which training.arguments.{key} "
-                "keeps in shards; leave that out"
-            )
+    if config.training.parallelism != "ddp" and method in (EXPERTS, "adalora"):
+        messages["peft_method"] = (
+            f"model.peft_method: {method} looks at whole weights between the steps, which training.parallelism: "
+            f"{config.training.parallelism} keeps in shards; use training.parallelism: ddp"
+        )
     return [Problem(tree.place(("model", key)), message) for key, message in messages.items()]
 
 

@@ -23,7 +23,7 @@ from mixture.prepare import MIXTURE_MARKER, PreparedData, prepared_folder
 from mixture.whole_files import write_whole
 from settings.typed import changed_keys
 from settings.yaml_tree import ConfigError, Problem
-from training.checkpoints import newest_valid
+from training.checkpoints import Split, newest_valid, refusal_of_split
 from training.run_folder import RunFolder
 from training.schedule import Horizon
 
@@ -43,6 +43,9 @@ CHANGEABLE = (
 )
 """Settings that a run may change on the way: where it trains, when it saves, what it is scored on.
 Its weights stay what they are."""
+
+SPLIT_KEYS = ("training.batch_size", "training.gradient_accumulation", "slurm.nodes", "slurm.gpus_per_node")
+"""Settings that split the rows of an optimizer step; they may change together where the steps stay the same."""
 
 OTHER_COMMAND_S = 30.0
 """How long to wait for another command, or a job of the chain, that is making the run's folder or submitting."""
@@ -132,22 +135,38 @@ def compare_with_stored(run: RunFolder, checked: CheckedRun, data_key: str) -> N
     """Refuse another training under the same name; take over settings that only ask for other machines."""
     # Through the settings of today: a key that has come since stands at its default.
     changes = changed_keys(resolved_values(read_resolved_config(run.config)), resolved_values(checked.config))
-    refused = [change for change in changes if not change[0].startswith(CHANGEABLE)]
+    refused = [change for change in changes if not change[0].startswith((*CHANGEABLE, *SPLIT_KEYS))]
     manifest = read_manifest(run.manifest)
     if not refused and manifest["data_key"] != data_key:
         refused.append(("the data (module, data files or tokenizer)", manifest["data_key"], data_key))
     if not refused and manifest["cache_key"] != key_of_cache(checked.config, data_key):
         refused.append(("the teacher", manifest["cache_key"], key_of_cache(checked.config, data_key)))
-    if not refused and manifest["world_size"] != checked.world_size:
-        refused.append(("the number of processes", manifest["world_size"], checked.world_size))
     if refused:
         described = ", ".join(f"{key}: {before!r} -> {after!r}" for key, before, after in refused)
         advice = (
             f"start another run with --name, or undo the change; only {', '.join(CHANGEABLE)} may change on the way"
         )
         raise ConfigError([Problem(f"run {run.path.name}", f"has other settings already ({described}); {advice}")])
+    other_split = refusal_of_other_split(run, checked, manifest["world_size"])
+    if other_split:
+        raise ConfigError([Problem(f"run {run.path.name}", f"cannot go on as asked for: {other_split}")])
     if changes:
         store_config(run, checked.config)
+    if manifest["world_size"] != checked.world_size:
+        write_manifest(run.manifest, {**manifest, "world_size": checked.world_size})
+
+
+def refusal_of_other_split(run: RunFolder, checked: CheckedRun, world_size: int) -> str | None:
+    """Why the run cannot go on with its optimizer steps split in another way than before; None where it can."""
+    before = Split.of(read_resolved_config(run.config).training, world_size=world_size)
+    split = Split.of(checked.config.training, world_size=checked.world_size)
+    if split == before:
+        return None
+    if jobs := queued_jobs(run, report=lambda line: None):
+        ids = ", ".join(job.id for job in jobs)
+        return f"jobs {ids} were submitted to split a step into {before}; ./train.sh stop {run.path.name} first"
+    checkpoint, _ = newest_valid(run.checkpoints)
+    return refusal_of_split(split, before=before, tied=checkpoint.tied_to_split if checkpoint else None)
 
 
 def remaining_jobs(run: RunFolder, config: RunConfig, data_key: str) -> list[JobKind]:

@@ -37,18 +37,27 @@ TERMS = ResumeTerms(
     batch_size=8,
     gradient_accumulation=1,
     world_size=2,
+    parallelism="ddp",
     horizon_steps=100,
     optimization="lr 1e-05, cosine",
 )
 
 
-def write(folder: Path, step: int, *, keep: int = 2, size: int = 100) -> Checkpoint:
+def write(folder: Path, step: int, *, keep: int = 2, size: int = 100, tied: str | None = None) -> Checkpoint:
     temporary = checkpoints.temporary_folder(folder, step, "job-1")
     (temporary / "shards").mkdir(parents=True)
     (temporary / "model.safetensors").write_bytes(bytes(size))
     (temporary / "shards" / "0.bin").write_bytes(b"abc")
     ledger = Ledger(rows_per_epoch=160).adding([EpochRows.of(0, np.arange(16 * step))])
-    progress = Progress(step=step, epoch=step / 10, samples=16 * step, learning_rate=1e-5, terms=TERMS, ledger=ledger)
+    progress = Progress(
+        step=step,
+        epoch=step / 10,
+        samples=16 * step,
+        learning_rate=1e-5,
+        terms=TERMS,
+        ledger=ledger,
+        tied_to_split=tied,
+    )
     return checkpoints.commit(temporary, progress, keep=keep)
 
 
@@ -183,7 +192,20 @@ def test_changed_terms_are_refused_with_old_and_new_and_a_way_out(tmp_path: Path
     text = str(refusal.value)
     assert "world_size: 2 -> 4 (ask for as many GPUs" in text
     assert "fingerprint: f -> g (the prepared data changed" in text
-    assert "batch_size" not in text
+    assert "batch_size: " not in text
+
+
+def test_steps_may_be_split_otherwise_where_they_stay_the_same_and_nothing_ties_them(tmp_path: Path) -> None:
+    other = replace(TERMS, batch_size=2, gradient_accumulation=8, world_size=1)
+    free, tied = write(tmp_path, 1), write(tmp_path, 2, tied="dropout was drawn")
+    refuse_changed_terms(free, other)
+    refuse_changed_terms(free, replace(other, horizon_steps=9), before_extensions=[other])
+    with pytest.raises(ValueError, match=r"8 rows x 1 .* 2 processes -> 2 rows x 8 .* 1 process .*: dropout was drawn"):
+        refuse_changed_terms(tied, other)
+    with pytest.raises(ValueError, match=r"16 = .* -> 8 = .* \(training.gradient_accumulation: 2 keeps them\)"):
+        refuse_changed_terms(free, replace(TERMS, world_size=1))
+    with pytest.raises(ValueError, match=r"\(restore training.batch_size, training.gradient_accumulation and"):
+        refuse_changed_terms(free, replace(TERMS, world_size=3))
 
 
 def test_every_term_has_a_remedy() -> None:

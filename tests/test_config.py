@@ -222,7 +222,7 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path, overrid
         ),
         (["--model.peft_method", "lora_moe", "--trainer", "distillation"], "is trained by trainer: finetuning only"),
         (["--model.adapters", "[a]"], "model.adapters needs model.merge_adapter: true"),
-        (["--model.peft_method", "adalora", "--training.arguments.fsdp", "full_shard"], "keeps in shards"),
+        (["--model.peft_method", "adalora", "--training.parallelism", "fsdp"], "keeps in shards"),
         (["--model.peft_method", "lora_moe", "--model.merge_adapter", "true"], "lora_moe cannot be merged: which"),
     ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -15,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_harness import TASKS, needs_lm_eval, write_tasks
+from transformers import AutoModelForCausalLM
 
 import distillation
 import finetuning
@@ -25,11 +28,13 @@ from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparationRequest, prepare
 from training.checkpoints import newest_valid
-from training.config import EvaluationConfig, FinetuningConfig, KtoConfig, LmEvalConfig, LoraConfig
+from training.config import EvaluationConfig, FinetuningConfig, FsdpConfig, KtoConfig, LmEvalConfig, LoraConfig
 from training.distributed import Ranks, agree_on_any, failing_together, from_main, join_ranks, tasks_on_node
 from training.ledger import Ledger
 from training.online_config import GrpoConfig, RlooConfig
 from training.run import FinetuningRun, TrainerRun
+from training.run_folder import RunFolder
+from training.sharding import own_part, shard, whole_weights
 
 MakeRun = Callable[..., FinetuningRun]
 MakeDistillation = Callable[..., DistillationRun]
@@ -158,13 +163,17 @@ def test_three_ranks_distil_exactly_and_see_the_loss_that_one_rank_sees(
     one_rank = make_distillation("one-rank", **cached, training={**training, "batch_size": 6, "epochs_per_job": 2})
     whole = make_distillation("whole", **cached, training={**training, "epochs_per_job": 2})
     chain = make_distillation("chain", **cached, training={**training, "total_jobs": 2})
+    spread = make_distillation("spread", **cached, training={**training, "total_jobs": 2, "parallelism": "fsdp"})
     distil_all([one_rank])
-    on_three_ranks(distil_all, [chain, whole])
+    on_three_ranks(distil_all, [chain, whole, spread])
 
     assert_same_weights(chain, whole)
-    for line_of_one, line_of_three in zip(one_rank.folder.metrics(), whole.folder.metrics(), strict=True):
+    for of_one, of_three, of_spread in zip(
+        *(list(run.folder.metrics()) for run in (one_rank, whole, spread)), strict=True
+    ):
         for part in ("loss", "cross_entropy", "divergence"):
-            assert line_of_three[part] == pytest.approx(line_of_one[part], rel=1e-4)
+            assert of_three[part] == pytest.approx(of_one[part], rel=1e-4)
+            assert of_spread[part] == pytest.approx(of_three[part], rel=1e-5)
 
 
 def test_a_live_teacher_in_shards_says_what_a_whole_one_says(
@@ -202,13 +211,17 @@ def test_three_ranks_learn_preferences_exactly_and_as_one_rank_does(
     one_rank = preference_run("one-rank", live, batch_size=3, epochs_per_job=2)
     whole = preference_run("whole", beforehand, epochs_per_job=2)
     chain = preference_run("chain", beforehand, total_jobs=2)
+    spread = preference_run("spread", live, total_jobs=2, parallelism="fsdp")
     train_all([one_rank])
-    on_three_ranks(train_all, [chain, whole])
+    on_three_ranks(train_all, [chain, whole, spread])
 
     assert_same_weights(chain, whole)
-    for line_of_one, line_of_three in zip(one_rank.folder.metrics(), whole.folder.metrics(), strict=True):
+    for of_one, of_three, of_spread in zip(
+        *(list(run.folder.metrics()) for run in (one_rank, whole, spread)), strict=True
+    ):
         for part in ("loss", "accuracy", "margin"):
-            assert line_of_three[part] == pytest.approx(line_of_one[part], rel=1e-3, abs=1e-5)
+            assert of_three[part] == pytest.approx(of_one[part], rel=1e-3, abs=1e-5)
+            assert of_spread[part] == pytest.approx(of_three[part], rel=1e-3, abs=1e-5)
 
 
 def evaluated(run: FinetuningRun) -> dict[str, Any]:
@@ -262,11 +275,132 @@ def test_three_ranks_learn_from_rewards_exactly_and_as_one_rank_does(
             assert line_of_three[part] == pytest.approx(line_of_one[part], rel=1e-3, abs=1e-5), part
 
 
-def test_a_chain_begun_on_three_ranks_is_not_resumed_on_one(on_three_ranks: OnThreeRanks, make_run: MakeRun) -> None:
-    run = make_run("run", training={"batch_size": 2, "total_jobs": 2})
+def test_a_model_in_shards_resumes_exactly_and_learns_as_whole_ones_do(
+    on_three_ranks: OnThreeRanks, make_run: MakeRun
+) -> None:
+    training = {"lr": 1e-3, "batch_size": 1, "gradient_accumulation": 2, "log_every": 1, "epochs_per_job": 2}
+    spread = {**training, "parallelism": "fsdp", "gradient_checkpointing": True, "save_every": 2, "keep_checkpoints": 9}
+    one_rank = make_run("one-rank", training={**training, "batch_size": 3})
+    train_all([one_rank])
+    base = {"name": str(one_rank.folder.export), "from_scratch": False, "peft": True, "peft_method": "dora"}
+    adapter = {**base, "lora": LoraConfig(r=4, dropout=0.1, modules_to_save=["lm_head"])}
+    full, full_spread = make_run("full", training=training), make_run("full-spread", training=spread)
+    dora = make_run("dora", model=adapter, training=training)
+    dora_spread = make_run("dora-spread", model=adapter, training=spread)
+    on_three_ranks(train_all, [full, full_spread, dora, dora_spread])
+    assert_same_losses(full_spread, full)
+    assert_same_losses(dora_spread, dora)
+    assert_exports_its_checkpoint(full_spread)
+
+    for run in (full_spread, dora_spread):
+        shutil.copytree(run.folder.path, run.folder.path.with_name(f"{run.folder.path.name}-whole"))
+        for step in (4, 6):
+            shutil.rmtree(run.folder.checkpoints / f"step_{step:08d}")
+    on_three_ranks(train_all, [full_spread, dora_spread])  # from step 2, in mid-epoch
+    for run in (full_spread, dora_spread):
+        whole = RunFolder(run.folder.path.with_name(f"{run.folder.path.name}-whole"))
+        assert_same_weights(run, replace(run, folder=whole))
+
+
+def shares_of_a_model(run: FinetuningRun) -> tuple[int, int]:
+    ranks = Ranks.of_environment()
+    join_ranks(run.folder.path, ranks)
+    model = finetuning.build_model(run, None)
+    shard(model, FsdpConfig(), device=torch.device("cpu"), precision=torch.float32)
+    mine = sum(own_part(weight).numel() for weight in model.parameters())
+    gathered = whole_weights(model, only_trained=False)
+    assert bool(gathered) == ranks.is_main, "no process but the first holds the whole model"
+    return mine, sum(weight.numel() for weight in model.parameters())
+
+
+def test_each_process_holds_its_share_of_a_model_in_shards(on_three_ranks: OnThreeRanks, make_run: MakeRun) -> None:
+    shares = on_three_ranks(shares_of_a_model, make_run("run"))
+    (whole,) = {whole for _, whole in shares}  # type: ignore[attr-defined]
+    assert sum(mine for mine, _ in shares) == whole  # type: ignore[misc]
+    assert all(mine < 0.4 * whole for mine, _ in shares)  # type: ignore[misc]
+
+
+def train_with_little_room(run: FinetuningRun) -> str:
+    """Train where the second process cannot write a file of more than 20 kB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if Ranks.of_environment().rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        train_all([run])
+    except OSError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return "it wrote all"
+
+
+def test_shards_that_one_process_cannot_write_cost_only_the_newest_checkpoint(
+    on_three_ranks: OnThreeRanks, make_run: MakeRun
+) -> None:
+    training = {"lr": 1e-3, "batch_size": 2, "parallelism": "fsdp"}
+    run = make_run("run", training={**training, "total_jobs": 2})
+    whole = make_run("whole", training={**training, "epochs_per_job": 2})
     on_three_ranks(finetuning.train, run)
-    with pytest.raises(ValueError, match="world_size: 3 -> 1"):
-        finetuning.train(replace(run, training=replace(run.training, batch_size=6)))
+    for told in on_three_ranks(train_with_little_room, run):
+        assert "the checkpoint of step 6 could not be written" in str(told)
+        assert "Newest whole checkpoint: step_00000003" in str(told)
+    start, rejected = newest_valid(run.folder.checkpoints)
+    assert start is not None and start.step == 3 and not rejected
+    on_three_ranks(train_all, [run, whole])
+    assert_same_weights(run, whole)
+
+
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+def test_a_chain_goes_on_over_other_processes_where_its_steps_stay_the_same(
+    parallelism: str, on_three_ranks: OnThreeRanks, make_run: MakeRun
+) -> None:
+    training = {"lr": 1e-3, "batch_size": 2, "log_every": 1, "parallelism": parallelism}
+    whole = make_run("whole", training={**training, "epochs_per_job": 2})
+    over_three = {**training, "total_jobs": 2, "save_every": 2}
+    over_one = {**over_three, "gradient_accumulation": 3}
+    on_three_ranks(train_all, [whole])
+    to_one, from_one = make_run("to-one", training=over_three), make_run("from-one", training=over_one)
+    on_three_ranks(finetuning.train, to_one)
+    finetuning.train(from_one)
+    for run in (to_one, from_one):
+        shutil.rmtree(run.folder.checkpoints / "step_00000003")  # to go on from step 2, in mid-epoch
+        keep_metrics(run, steps=2)
+    train_all([make_run("to-one", training=over_one)])
+    on_three_ranks(train_all, [make_run("from-one", training=over_three)])
+
+    for run in (to_one, from_one):
+        assert_same_losses(run, whole)
+        end, _ = newest_valid(run.folder.checkpoints)
+        assert end is not None and end.ledger == Ledger(rows_per_epoch=13, whole_epochs=2)
+    resumed = next(event for event in to_one.folder.events() if event["event"] == "resumed")
+    assert resumed["step"] == 2
+    assert resumed["split_before"] == "2 rows x 1 micro-batches x 3 processes"
+    assert resumed["split"] == "2 rows x 3 micro-batches x 1 process"
+
+
+def keep_metrics(run: TrainerRun, *, steps: int) -> None:
+    lines = run.folder.path.joinpath("metrics.jsonl").read_text().splitlines(keepends=True)
+    run.folder.path.joinpath("metrics.jsonl").write_text("".join(lines[:steps]))
+
+
+def test_a_chain_does_not_go_on_over_other_processes_where_its_steps_would_change(
+    on_three_ranks: OnThreeRanks, make_run: MakeRun
+) -> None:
+    training = {"batch_size": 2, "total_jobs": 2}
+    plain = make_run("plain", training=training)
+    train_all([replace(plain, training=replace(plain.training, total_jobs=1), folder=make_run("base").folder)])
+    base = {"name": str(make_run("base").folder.export), "from_scratch": False, "peft": True}
+    dropout = make_run("dropout", model={**base, "lora": LoraConfig(dropout=0.1)}, training=training)
+    experts = make_run("experts", model={**base, "peft_method": "lora_moe"}, training=training)
+    for run in (plain, dropout, experts):
+        on_three_ranks(finetuning.train, run)
+    split = {"batch_size": 2, "gradient_accumulation": 3}
+    with pytest.raises(ValueError, match="world_size: 3 -> 1") as refusal:
+        finetuning.train(plain)
+    assert "training.gradient_accumulation: 3 keeps them" in str(refusal.value)
+    for run, why in ((dropout, "random numbers were drawn, as dropout does"), (experts, "balances its experts")):
+        with pytest.raises(ValueError, match=why):
+            finetuning.train(replace(run, training=replace(run.training, **split)))
 
 
 def assert_same_weights(one: TrainerRun, other: TrainerRun) -> None:
@@ -277,6 +411,20 @@ def assert_same_weights(one: TrainerRun, other: TrainerRun) -> None:
         weights.append(load_file(next(checkpoint.path.glob("*model.safetensors"))))
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def assert_same_losses(one: TrainerRun, other: TrainerRun) -> None:
+    for line, line_of_other in zip(one.folder.metrics(), other.folder.metrics(), strict=True):
+        assert line["loss"] == pytest.approx(line_of_other["loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(line_of_other["grad_norm"], rel=1e-4)
+
+
+def assert_exports_its_checkpoint(run: TrainerRun) -> None:
+    checkpoint, _ = newest_valid(run.folder.checkpoints)
+    assert checkpoint is not None
+    trained = load_file(checkpoint.path / "model.safetensors")
+    exported = AutoModelForCausalLM.from_pretrained(run.folder.export).state_dict()
+    assert all(torch.equal(exported[name], weight) for name, weight in trained.items())
 
 
 def test_ranks_are_read_from_torchrun_or_from_an_srun_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,9 +157,9 @@ def test_a_ledger_with_a_row_too_many_or_an_epoch_too_few_is_told() -> None:
 def checkpoint_with(ledger: Ledger, *, epoch: int) -> Checkpoint:
     terms = ResumeTerms(
         fingerprint="f", objective="sft", parameters="p", batch_size=2, gradient_accumulation=1, world_size=1,
-        horizon_steps=6, optimization="lr 1",
+        parallelism="ddp", horizon_steps=6, optimization="lr 1",
     )  # fmt: skip
     return Checkpoint(
         path=Path("step_00000006"), num_bytes=1, step=6, epoch=epoch, samples=12, learning_rate=0.0, terms=terms,
-        ledger=ledger,
+        ledger=ledger, tied_to_split=None,
     )  # fmt: skip

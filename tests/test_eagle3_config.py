@@ -62,7 +62,7 @@ def test_the_configs_that_come_along_can_be_read_back_from_a_run_folder(name: st
         (["--model.from_scratch", "true"], "model.from_scratch: the target of a draft needs trained weights"),
         (["--model.peft", "true"], "model.peft: the target of a draft is frozen"),
         (["--model.tokenizer", "configs/models/tiny"], "the target is served with its own tokenizer and chat template"),
-        (["--training.arguments.fsdp", "full_shard"], "training.arguments.fsdp: a draft is small"),
+        (["--training.parallelism", "fsdp"], "training.parallelism: fsdp: a draft is small"),
         (["--eagle3.layers", "[3, 2, 1]"], "eagle3.layers must be 3 layers, each above the one before"),
         (["--eagle3.layers", "[1, 2, 8]"], "eagle3.layers: there is no layer 8; the target has layers 0 to 6"),
         (["--eagle3.decay", "1.5"], "eagle3.decay must be in (0, 1], got 1.5"),

@@ -151,6 +151,7 @@ def checkpoint_at(step: int) -> Checkpoint:
         batch_size=4,
         gradient_accumulation=1,
         world_size=2,
+        parallelism="ddp",
         horizon_steps=20,
         optimization="lr 0.001, cosine",
     )
@@ -161,6 +162,7 @@ def checkpoint_at(step: int) -> Checkpoint:
         learning_rate=0.0,
         terms=terms,
         ledger=Ledger(rows_per_epoch=80),
+        tied_to_split=None,
         path=Path(),
         num_bytes=0,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,15 @@ import orjson
 
 from mixture.prepare import PreparedData
 from mixture.whole_files import write_whole
-from training.checkpoints import Checkpoint, NoValidCheckpointError, ResumeTerms, newest_valid, refuse_changed_terms
+from training.adapter_options import EXPERTS
+from training.checkpoints import (
+    Checkpoint,
+    NoValidCheckpointError,
+    ResumeTerms,
+    Split,
+    newest_valid,
+    refuse_changed_terms,
+)
 from training.distributed import Ranks, failing_together, from_main, join_ranks
 from training.export import is_exported, require_own_folder
 from training.run import BlockResult, TrainerRun
@@ -66,7 +74,9 @@ def train_block(
     join_ranks(run.folder.path, ranks)
     start, rejected = from_main((start, rejected))
     if ranks.is_main and start:
-        run.folder.record_event("resumed", step=start.step, path=start.path.name, rejected=rejected)
+        split = Split.of(run.training, world_size=ranks.world_size)
+        changed = {"split_before": str(start.terms.split), "split": str(split)} if split != start.terms.split else {}
+        run.folder.record_event("resumed", step=start.step, path=start.path.name, rejected=rejected, **changed)
     end = start
     if not start or start.step < horizon.total_steps:
         trainer = build_trainer(BlockStart(prepared=prepared, horizon=horizon, ranks=ranks, checkpoint=start))
@@ -112,11 +122,13 @@ def make_trainer(
     collate: Collate | None = None,
     extra_metrics: ExtraMetrics | None = None,
     begin_step: BeginStep | None = None,
+    tied_to_split: str | None = None,
 ) -> BlockTrainer:
     """The trainer of a block. A checkpoint of another data, objective or schedule is refused.
 
     `objective` names all that shapes the loss; `extra_metrics` are logged beside it; `begin_step` counts what the
-    loss is divided by, where that is not the supervised tokens.
+    loss is divided by, where that is not the supervised tokens; `tied_to_split` says what in the loss depends on the
+    micro-batches that a step is split into, where anything does.
     """
     from training.adapters import adapter_steps
     from training.batches import collate as plain_collate
@@ -127,15 +139,16 @@ def make_trainer(
         fingerprint=start.prepared.fingerprint,
         objective=objective,
         parameters=parameters_hash(model, run.model),
-        batch_size=run.training.batch_size,
-        gradient_accumulation=run.training.gradient_accumulation,
-        world_size=start.ranks.world_size,
+        **asdict(Split.of(run.training, world_size=start.ranks.world_size)),
+        parallelism=run.training.parallelism,
         horizon_steps=start.horizon.total_steps,
         optimization=run.training.optimization,
     )
     if start.checkpoint:
         earlier = terms_before_extensions(terms, run.training, start.horizon, step=start.checkpoint.step)
         refuse_changed_terms(start.checkpoint, terms, before_extensions=earlier)
+    if run.model.peft and run.model.peft_method == EXPERTS:
+        tied_to_split = f"model.peft_method: {EXPERTS} balances its experts over each micro-batch"
     return BlockTrainer(
         model,
         rows,
@@ -150,12 +163,14 @@ def make_trainer(
             horizon=start.horizon,
             first_horizon_steps=first_horizon_steps(start.horizon, run.training),
         ),
+        precision=precision(run.model),
         config=run.training,
         arguments=training_arguments(
             run.training, folder=run.folder, horizon=start.horizon, seed=run.seed, precision=precision(run.model)
         ),
         horizon=start.horizon,
         terms=terms,
+        tied_to_split=tied_to_split,
         folder=run.folder,
         ranks=start.ranks,
         start=start.checkpoint,

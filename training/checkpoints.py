@@ -12,12 +12,13 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from training.config import TrainingConfig
 from training.ledger import EpochRows, Ledger
 
 MARKER = "marker.json"
@@ -26,6 +27,32 @@ MIN_KEPT = 2
 
 class NoValidCheckpointError(RuntimeError):
     """Checkpoints exist and none can be trusted; starting over silently would throw the chain's work away."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How the rows of an optimizer step are split over processes and micro-batches."""
+
+    batch_size: int
+    gradient_accumulation: int
+    world_size: int
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation * self.world_size
+
+    @classmethod
+    def of(cls, training: TrainingConfig, *, world_size: int) -> Split:
+        """As the settings have it for so many processes."""
+        return cls(
+            batch_size=training.batch_size, gradient_accumulation=training.gradient_accumulation, world_size=world_size
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.batch_size} rows x {self.gradient_accumulation} micro-batches x {self.world_size} "
+            f"process{'es' if self.world_size > 1 else ''}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +69,21 @@ class ResumeTerms:
     batch_size: int
     gradient_accumulation: int
     world_size: int
+    parallelism: str
     horizon_steps: int
     optimization: str
     """Learning rate, its schedule and the weight decay, in words."""
+
+    @property
+    def split(self) -> Split:
+        return Split(
+            batch_size=self.batch_size,
+            gradient_accumulation=self.gradient_accumulation,
+            world_size=self.world_size,
+        )
+
+    def split_as(self, split: Split) -> ResumeTerms:
+        return replace(self, **asdict(split))
 
 
 REMEDY = {
@@ -55,6 +94,7 @@ REMEDY = {
     "batch_size": "restore training.batch_size",
     "gradient_accumulation": "restore training.gradient_accumulation",
     "world_size": "ask for as many GPUs as the chain began with (slurm.nodes x slurm.gpus_per_node)",
+    "parallelism": "restore training.parallelism, which decides how the optimizer's state lies in a checkpoint",
     "optimization": "restore training.lr, training.lr_scheduler, training.warmup, training.weight_decay and "
     "training.extensions",
     "horizon_steps": "the learning rate spans the whole chain; restore training.epochs_per_job and "
@@ -77,6 +117,10 @@ class Progress:
     terms: ResumeTerms
     ledger: Ledger
     """The rows that were trained on, exactly as old as the weights."""
+
+    tied_to_split: str | None
+    """Why the same rows, split otherwise over processes and micro-batches, would have trained another model; None where
+    only sums were rounded otherwise."""
 
     @property
     def finished_epochs(self) -> int:
@@ -163,15 +207,43 @@ def refuse_changed_terms(
 
     `before_extensions`: other terms that the checkpoint may have been written under, because the chain was extended.
     """
+    old_split = checkpoint.terms.split
+    other_split = refusal_of_split(terms.split, before=old_split, tied=checkpoint.tied_to_split)
+    if other_split is None:
+        terms, before_extensions = terms.split_as(old_split), [one.split_as(old_split) for one in before_extensions]
     if checkpoint.terms in before_extensions:
         return
     old, new = asdict(checkpoint.terms), asdict(terms)
     changes = [f"{key}: {old[key]} -> {new[key]} ({REMEDY[key]})" for key in old if old[key] != new[key]]
+    if other_split is not None:
+        changes.append(other_split)
     if changes:
         raise ValueError(
             f"cannot resume {checkpoint.path}: this run is not the one that wrote it\n  " + "\n  ".join(changes) + "\n"
             "or give the run another name to train from the start."
         )
+
+
+def refusal_of_split(split: Split, *, before: Split, tied: str | None) -> str | None:
+    """Why a chain cannot go on with its steps split in another way, and what to set; None where it can.
+
+    The rows of a step depend on their number alone, and the loss is divided by what the whole step holds. So the same
+    number of rows trains the same model up to the rounding of sums, unless something `tied` the steps to their split.
+    """
+    if split == before:
+        return None
+    if split.rows_per_step != before.rows_per_step:
+        accumulation, rest = divmod(before.rows_per_step, split.batch_size * split.world_size)
+        advice = (
+            f"training.gradient_accumulation: {accumulation} keeps them"
+            if not rest and not tied
+            else "restore training.batch_size, training.gradient_accumulation and the number of processes"
+        )
+        old, new = (f"{one.rows_per_step} = {one}" for one in (before, split))
+        return f"rows of an optimizer step: {old} -> {new} ({advice})"
+    if tied:
+        return f"split of an optimizer step: {before} -> {split} (restore it: {tied})"
+    return None
 
 
 def temporary_folder(folder: Path, step: int, owner: str) -> Path:

@@ -11,6 +11,7 @@ from training.online_config import ONLINE_CONFIGS, GrpoConfig, OnlineConfig, Rlo
 
 LearningRateSchedule = Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"]
 ExtensionPolicy = Literal["constant", "rewarm", "stretch"]
+Parallelism = Literal["ddp", "fsdp"]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -183,6 +184,21 @@ class Extension:
 
 
 @dataclass(kw_only=True, frozen=True)
+class FsdpConfig:
+    """How torch's fully_shard (FSDP2) spreads the model, read where `training.parallelism` is fsdp."""
+
+    reshard_after_forward: bool = True
+    """Give a layer's weights up after its forward pass and gather them again for its backward pass. `false` keeps them:
+    less traffic, and the memory of all weights."""
+
+    cpu_offload: bool = False
+    """Keep weights, gradients and the optimizer in the node's memory, and step there: slow, for the last few GB."""
+
+    wrap: list[str] = field(default_factory=list)
+    """Classes of modules whose weights are gathered together. Unset: the decoder layers, as the model names them."""
+
+
+@dataclass(kw_only=True, frozen=True)
 class TrainingConfig:
     """Optimisation over the whole chain. The horizon is `epochs_per_job` x `total_jobs` epochs, and its extensions."""
 
@@ -228,6 +244,13 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
+    parallelism: Parallelism = "ddp"
+    """How processes train one model, each on its share of the rows. `ddp`: each holds the whole model. `fsdp`: weights,
+    gradients and the optimizer's state are spread over all of them."""
+
+    fsdp: FsdpConfig | None = None
+    """Settings of the parallelism of this name."""
+
     arguments: dict[str, Any] = field(default_factory=dict)
     """Any field of transformers.TrainingArguments that this kit does not set itself."""
 
@@ -242,6 +265,10 @@ class TrainingConfig:
             problems.append(f"training.keep_checkpoints must be at least 2, got {self.keep_checkpoints}")
         if self.warmup < 0:
             problems.append(f"training.warmup must not be negative, got {self.warmup}")
+        if self.fsdp is not None and self.parallelism != "fsdp":
+            problems.append(
+                f"training.fsdp is read only where training.parallelism is fsdp, and it is {self.parallelism}"
+            )
         try:
             _ = self.save_interval
         except ValueError as error:

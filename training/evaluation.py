@@ -21,6 +21,7 @@ from training.batches import Collate, ComputeLoss, PackedDataset, collate, even_
 from training.config import EvaluationConfig
 from training.distributed import Ranks, gather_on_all, sum_over_ranks
 from training.models import stop_token_ids
+from training.sharding import computing_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,7 +61,7 @@ def held_out_loss(
     collate: Collate = collate,
 ) -> HeldOutLoss:
     """Loss on all of `rows`, spread over the processes. Leaves random states and the model's mode as they were."""
-    device = next(model.parameters()).device
+    device = computing_device(model)
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)

@@ -34,6 +34,7 @@ from training.export import replacing
 from training.losses import linear_log_probabilities, logit_shape, output_head, supervised_places
 from training.models import load_model_config, load_weights, precision
 from training.preference_losses import Answers, losses, scores
+from training.sharding import computing_device
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -126,7 +127,8 @@ def use_rewards(network: PreTrainedModel) -> None:
     def values(network: Any, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
         hidden_TH = network.base_model(**inputs, use_cache=False)[0].flatten(0, 1)
         last_S = inputs["cu_seq_lens_q"][1:].long() - 1
-        return network.score(hidden_TH.index_select(0, last_S)).squeeze(-1).float()
+        # Summing over one number: a view would have FSDP warn of changes in place.
+        return network.score(hidden_TH.index_select(0, last_S)).float().sum(-1)
 
     use_values(network, values)
 
@@ -196,6 +198,13 @@ def answers_batch(rows: list[TokenRow]) -> Batch:
     return {**collate([rows] if rows else []), ANSWER_TOKENS: [int(row.loss_mask[1:].sum()) for row in rows]}
 
 
+def take_mismatched(batch: Batch) -> Batch:
+    """The mismatched answers of a batch, which then has none. Where there are none they are an empty batch, so that
+    all processes ask a model in shards as often as the others."""
+    mismatched: Batch = batch.pop(MISMATCHED, None) or answers_batch([])
+    return mismatched
+
+
 # --- what models say of a batch
 
 
@@ -263,7 +272,7 @@ class PreferenceLoss:
     def begin_step(self, batches: list[Batch]) -> float:
         """Pairs or labelled answers of an optimizer step, over all processes."""
         answers = sum(len(batch[ANSWER_TOKENS]) for batch in batches)
-        self.baseline = self.divergence([batch.pop(MISMATCHED) for batch in batches if MISMATCHED in batch])
+        self.baseline = self.divergence([take_mismatched(batch) for batch in batches])
         (total,) = sum_over_ranks(float(answers))
         return total / 2 if self.has_pairs else total
 
@@ -271,7 +280,7 @@ class PreferenceLoss:
         """Mean log-ratio of mismatched answers over all processes, at least 0: KTO's z0, eq. 8 of arXiv:2402.01306."""
         if self.has_pairs:
             return 0.0
-        device = next(self.policy.parameters()).device
+        device = computing_device(self.policy)
         total, count = torch.zeros((), dtype=torch.float64, device=device), 0
         with torch.no_grad(), autocast(device, self.precision), evaluating(self.policy):
             for batch in mismatched:
@@ -332,15 +341,14 @@ def held_out_preferences(
 
     Leaves random states, and the model's mode, as they were.
     """
-    device = next(loss.policy.parameters()).device
+    device = computing_device(loss.policy)
     mine: list[list[ScoredAnswer]] = []
     mismatched: list[Batch] = []
     with torch.no_grad(), autocast(device, loss.precision), evaluating(loss.policy):
         for share in even_shares(len(rows), batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size):
             packs = [rows[index] for index in share]
             batch = to_batch(packs)
-            if MISMATCHED in batch:
-                mismatched.append(batch.pop(MISMATCHED))
+            mismatched.append(take_mismatched(batch))
             sources = [row.source for pack in packs for row in pack if role_of(row) != MISMATCHED]
             mine.append(scored(sources, loss.answers(loss.policy, to_device(batch, device))))
     baseline = loss.divergence(mismatched)

@@ -42,7 +42,9 @@ class Horizon:
     @classmethod
     def of_chain(cls, training: TrainingConfig, checkpoint: Checkpoint) -> Horizon:
         """The horizon of a chain under way, which may have been extended since it wrote the checkpoint."""
-        return cls.of(training, num_rows=checkpoint.ledger.rows_per_epoch, world_size=checkpoint.terms.world_size)
+        split = checkpoint.terms.split
+        as_split = replace(training, batch_size=split.batch_size, gradient_accumulation=split.gradient_accumulation)
+        return cls.of(as_split, num_rows=checkpoint.ledger.rows_per_epoch, world_size=split.world_size)
 
     def before_extension(self, training: TrainingConfig, number: int) -> Horizon:
         """This horizon as it was before that extension of the training, counted from 0."""

@@ -8,6 +8,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -21,9 +22,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from training import checkpoints
+from training import checkpoints, sharding
 from training.adapters import AdapterSteps, save_adapter_state, trained_names
 from training.batches import (
     IGNORED,
@@ -37,7 +39,7 @@ from training.batches import (
     collate_numbered,
 )
 from training.checkpoints import Checkpoint, Progress, ResumeTerms
-from training.config import SaveInterval, TrainingConfig
+from training.config import FsdpConfig, SaveInterval, TrainingConfig
 from training.distributed import Ranks, agree_on_any, failing_together, from_main, gather_on_all
 from training.ledger import Ledger, RowCounter, refuse_wrong_rows
 from training.owner import LostOwnershipError, Owner
@@ -80,11 +82,6 @@ def training_arguments(
         disable_tqdm=True,
         log_level="warning",
     )
-    if arguments.fsdp and arguments.fsdp_plugin_args["state_dict_type"] != "FULL_STATE_DICT":
-        raise ValueError(
-            "training.arguments.fsdp_config.state_dict_type must be FULL_STATE_DICT (or unset), got "
-            f"{arguments.fsdp_plugin_args['state_dict_type']}: evaluation and export read whole weights"
-        )
     if arguments.n_gpu > 1:
         # One process drives one GPU; transformers would split our flat batches over all that it sees.
         arguments._n_gpu = 1
@@ -160,6 +157,15 @@ def random_states() -> list[Any]:
     return [random.getstate(), np.random.get_state(), torch.get_rng_state(), *devices]
 
 
+def are_same_states(states: list[Any], others: list[Any]) -> bool:
+    (python, numpy_state, *torch_states), (other_python, other_numpy, *other_torch) = states, others
+    return (
+        python == other_python
+        and all(map(np.array_equal, numpy_state, other_numpy))
+        and all(map(torch.equal, torch_states, other_torch))
+    )
+
+
 def restore_random_states(states: list[Any]) -> None:
     python_state, numpy_state, cpu_state, *devices = states
     random.setstate(python_state)
@@ -193,10 +199,12 @@ class BlockTrainer(Trainer):
         begin_step: BeginStep | None,
         has_adapter: bool,
         adapter: AdapterSteps | None,
+        precision: torch.dtype,
         config: TrainingConfig,
         arguments: TrainingArguments,
         horizon: Horizon,
         terms: ResumeTerms,
+        tied_to_split: str | None,
         folder: RunFolder,
         ranks: Ranks,
         start: Checkpoint | None,
@@ -216,6 +224,7 @@ class BlockTrainer(Trainer):
         self.config = config
         self.horizon = horizon
         self.terms = terms
+        self.tied_to_split = tied_to_split or (start.tied_to_split if start else None)
         self.folder = folder
         self.ranks = ranks
         self.start = start
@@ -237,6 +246,9 @@ class BlockTrainer(Trainer):
             stop_requested=stop_requested,
             keeps_random_states=config.gradient_accumulation > 1,
         )
+        if config.parallelism == "fsdp":
+            # Before it is moved: the device may have no room for the whole model.
+            sharding.shard(model, config.fsdp or FsdpConfig(), device=arguments.device, precision=precision)
         super().__init__(
             model=model,
             args=arguments,
@@ -245,6 +257,9 @@ class BlockTrainer(Trainer):
             callbacks=[CountRows(self.counter), self.schedule, *([adapter] if adapter else [])],
         )
         self.remove_callback(PrinterCallback)
+        # Placed already, and not to be wrapped for DDP.
+        self.is_distributed_loading_by_transformers = sharding.is_sharded(model)
+        self.first_random_states = random_states()
         # Have the supervised tokens of an optimizer step counted, over micro-batches and ranks.
         self.model_accepts_loss_kwargs = True
 
@@ -261,10 +276,40 @@ class BlockTrainer(Trainer):
             assert self.checkpoint is not self.start, "a block ends with a checkpoint"
         return self.checkpoint
 
+    def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
+        """Nothing where it is spread over the devices already."""
+        if not sharding.is_sharded(model):
+            super()._move_model_to_device(model, device)
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """Not deferred to the last micro-batch: the gradients of the whole model never lie on one device."""
+        return nullcontext()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Nothing where the model was built from the checkpoint; shards are loaded once the model is sharded."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        """Nothing: the model was built from the checkpoint."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Whole weights, also of a model in shards: the first process alone holds them all."""
+        if not sharding.is_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = sharding.whole_weights(self.model, only_trained=self.has_adapter)
+        if self.args.should_save:
+            self._save(output_dir, weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.config.parallelism != "fsdp":
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        sharding.save_optimizer(self.model, self.optimizer.optimizer, Path(output_dir))
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing where steps were split otherwise: nothing was drawn, so all are still where the seed put them."""
+        if self.start and self.start.terms.split == self.terms.split:
+            super()._load_rng_state(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Of an adapter, what is trained and no more; else the whole model."""
@@ -353,6 +398,13 @@ class BlockTrainer(Trainer):
         # Gradients are averaged over the ranks and the loss was divided by the tokens of all: take the average back.
         return loss * self.ranks.world_size
 
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
+        optimizer: Optimizer = super().create_optimizer(model)
+        if self.config.parallelism == "fsdp":
+            # torch.distributed.checkpoint cannot load a group of no weights, and adapters have none to decay.
+            optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         assert num_training_steps == self.horizon.total_steps, (num_training_steps, self.horizon)
         if self.lr_scheduler is None:
@@ -365,10 +417,14 @@ class BlockTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load both; the rate of the next step is computed anew, as an extension may have changed it since."""
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         assert self.lr_scheduler is not None
+        if self.config.parallelism == "fsdp":
+            sharding.load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         schedule = self.lr_scheduler.state_dict()
         # Not the optimizer steps: float16's scaler skips some of them, and the schedule with them.
         factor = self.learning_rate(schedule["last_epoch"], peak=1.0)
@@ -442,7 +498,12 @@ class BlockTrainer(Trainer):
             self.refuse_damaged_weights()
         self.count_tokens()
         self.ledger = self.ledger.adding(chain.from_iterable(gather_on_all(self.counter.take())))
+        (has_drawn,) = agree_on_any(not are_same_states(random_states(), self.first_random_states))
+        if has_drawn:
+            self.tied_to_split = "random numbers were drawn, as dropout does, by each process for its own rows"
         try:
+            with failing_together():
+                self.prepare_folder(temporary)
             with failing_together():
                 self.write_state(temporary)
             with failing_together():
@@ -494,12 +555,15 @@ class BlockTrainer(Trainer):
             )
         refuse_wrong_rows(self.ledger, wrong)
 
-    def write_state(self, folder: Path) -> None:
-        """All that the next block needs: weights, optimizer, schedule, random states of every rank, position."""
+    def prepare_folder(self, folder: Path) -> None:
+        """The folder of a checkpoint; OSError where the disk has no room for it."""
         if self.ranks.is_main:
             num_bytes = self.checkpoint.num_bytes if self.checkpoint else self.estimated_bytes()
             checkpoints.require_free_disk(folder.parent, num_bytes)
         folder.mkdir(exist_ok=True)
+
+    def write_state(self, folder: Path) -> None:
+        """All that the next block needs: weights, optimizer, schedule, random states of every rank, position."""
         self.save_model(str(folder), _internal_call=True)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
@@ -509,21 +573,23 @@ class BlockTrainer(Trainer):
 
     def refuse_damaged_weights(self) -> None:
         """The loss of a step that was not logged is not known to be finite, but then its weights are."""
-        if not all(bool(weight.isfinite().all()) for weight in self.model.parameters() if weight.requires_grad):
+        trained = (weight for weight in self.model.parameters() if weight.requires_grad)
+        (damaged,) = agree_on_any(not all(bool(sharding.own_part(weight).isfinite().all()) for weight in trained))
+        if damaged:
             raise NonFiniteLossError(f"weights are not finite after step {self.state.global_step}; see training.lr")
 
     def progress(self) -> Progress:
         step = self.state.global_step
         epoch, step_in_epoch = divmod(step, self.horizon.steps_per_epoch)
         rows = len(self.train_dataset)
-        rows_per_step = self.config.batch_size * self.config.gradient_accumulation * self.ranks.world_size
         return Progress(
             step=step,
             epoch=step / self.horizon.steps_per_epoch,
-            samples=epoch * rows + min(step_in_epoch * rows_per_step, rows),
+            samples=epoch * rows + min(step_in_epoch * self.terms.split.rows_per_step, rows),
             learning_rate=self.learning_rate(step, peak=self.config.lr),
             terms=self.terms,
             ledger=self.ledger,
+            tied_to_split=self.tied_to_split,
         )
 
     def estimated_bytes(self) -> int:

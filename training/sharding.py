@@ -1,0 +1,117 @@
+"""A model whose weights, gradients and optimizer are spread over the processes of a block: torch's FSDP2.
+
+fully_shard is called here and not through accelerate, which gathers final norm and head when the norm runs: under an
+adapter it finds no norm, and the chunked losses would meet the head's weight in shards. Here all that lies outside the
+layers is gathered while the model runs.
+
+In a checkpoint the weights are whole, as from_pretrained reads them, and the optimizer's state lies in shards by the
+name of its weight (torch.distributed.checkpoint), which any number of processes can load.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from training.adapters import is_adapter
+from training.config import FsdpConfig
+
+OPTIMIZER_FOLDER = "optimizer"
+
+
+def shard(model: nn.Module, config: FsdpConfig, *, device: torch.device, precision: torch.dtype) -> None:
+    """Spread the model over all processes of the block, in place; nothing where there is one process.
+
+    Weights are kept as they are, and gathered and multiplied in `precision`; gradients are summed in float32.
+
+    Raises:
+        ValueError: the model has no module of the classes that are to be wrapped.
+    """
+    if not distributed.is_initialized():
+        return
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(device.type, (distributed.get_world_size(),)),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=None if precision == torch.float32 else precision,
+            reduce_dtype=torch.float32,
+            # Targets of a teacher are given to the forward pass as well, and stay as they are.
+            cast_forward_inputs=False,
+        ),
+        "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if config.cpu_offload else OffloadPolicy(),
+    }
+    for layer in wrapped_modules(model, config):
+        fully_shard(layer, reshard_after_forward=config.reshard_after_forward, **options)
+    fully_shard(model, reshard_after_forward=False, **options)
+
+
+def wrapped_modules(model: nn.Module, config: FsdpConfig) -> list[nn.Module]:
+    """The modules whose weights are gathered together, inner ones before those around them; else ValueError."""
+    network: Any = model.get_base_model() if is_adapter(model) else model  # type: ignore[operator]
+    names = set(config.wrap or network._no_split_modules or [])
+    modules = [module for module in reversed(list(model.modules())) if type(module).__name__ in names]
+    if not modules:
+        layers = sorted({type(module).__name__ for module in model.modules()})
+        wanted = f"none of the classes {', '.join(sorted(names))}" if names else "no layers that it names itself"
+        raise ValueError(
+            f"training.fsdp.wrap: {type(network).__name__} has {wanted}; name the classes of its layers, out of "
+            f"{', '.join(layers)}"
+        )
+    return modules
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def computing_device(model: nn.Module) -> torch.device:
+    """Where the model's forward pass runs: where its weights are, or where they are gathered."""
+    weight = next(model.parameters())
+    if isinstance(weight, DTensor) and weight.device_mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return weight.device
+
+
+def own_part(weight: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a weight."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def whole_weights(model: nn.Module, *, only_trained: bool) -> dict[str, torch.Tensor]:
+    """The model's weights on the CPU of the first process, gathered one after another; nothing on the others."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_trained)
+    weights: dict[str, Any] = get_model_state_dict(model, options=options)
+    return weights
+
+
+def save_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+    """Write the optimizer's state, each process its own shards. OSError on all processes where any cannot write."""
+    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    try:
+        save({"optimizer": state}, checkpoint_id=folder / OPTIMIZER_FOLDER, no_dist=not distributed.is_initialized())
+    except CheckpointException as error:  # no Exception, and a table of tracebacks
+        reasons = [f"process {rank}: {reason}" for rank, (reason, _) in error.failures.items()]
+        raise OSError("; ".join(reasons)) from error
+
+
+def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+    """Load what `save_optimizer` wrote, by however many processes it was."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    load({"optimizer": state}, checkpoint_id=folder / OPTIMIZER_FOLDER, no_dist=not distributed.is_initialized())
+    set_optimizer_state_dict(model, optimizer, state, options=options)
