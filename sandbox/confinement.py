@@ -48,7 +48,7 @@ def limit_resources(*, cpu_s: int, memory_bytes: int, file_bytes: int) -> None:
 
 # -------------------------------------------------------------------------------------------------- calls of the kernel
 
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 SIGKILL = 9
 
 
@@ -367,6 +367,7 @@ def give_up(task: dict[str, Any]) -> list[str]:
         confine_files(os.getcwd())  # noqa: PTH109
     except OSError as error:
         lacks.append(str(error))
+    kernel(libc().prctl, PR_SET_DUMPABLE, 0, 0, 0, 0)  # some machines write dumps whatever RLIMIT_CORE says
     try:
         confine_system_calls()
     except OSError as error:
