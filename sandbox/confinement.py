@@ -335,11 +335,9 @@ def main(arguments: Sequence[str]) -> None:
     answers = int(arguments[0])
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), sys.stdin.fileno())
-    kernel(libc().prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+    lacks = give_up(task)
     if os.getppid() != task["parent"]:
         return
-    kernel(libc().prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    lacks = give_up(task)
     if lacks and not task["unprotected"]:
         os.write(answers, LACKS + " and ".join(lacks).encode())
         return
@@ -354,12 +352,15 @@ def main(arguments: Sequence[str]) -> None:
 def give_up(task: dict[str, Any]) -> list[str]:
     """Give up all that can be; returns what this machine lacks to give up more."""
     limit_resources(cpu_s=task["cpu_s"], memory_bytes=task["memory_bytes"], file_bytes=task["folder_bytes"])
+    set_process = libc().prctl
+    kernel(set_process, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     lacks = []
     try:
         confine_files(task["readable"], os.getcwd())
     except OSError as error:
         lacks.append(str(error))
-    kernel(libc().prctl, PR_SET_DUMPABLE, 0, 0, 0, 0)  # some machines write dumps whatever RLIMIT_CORE says
+    kernel(set_process, PR_SET_DUMPABLE, 0, 0, 0, 0)  # some machines write dumps whatever RLIMIT_CORE says
+    kernel(set_process, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)  # a new user namespace would take it back
     try:
         confine_system_calls()
     except OSError as error:
