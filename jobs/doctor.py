@@ -437,6 +437,7 @@ say runs test -w "$2"
 say python "$3" -c pass
 say scontrol scontrol show job "$SLURM_JOB_ID"
 say sbatch sbatch --test-only --wrap=true
+say sandbox env PYTHONPATH="$1" "$3" -c "from sandbox.python import run_tests; run_tests('', '')"
 say internet "$3" -c "import os, urllib.request as u; u.urlopen(os.environ.get('HF_ENDPOINT', '$4'), timeout=10)"
 """
 HUB = "https://huggingface.co"
@@ -495,6 +496,9 @@ NODE_CHECKS = (
               if_yes="an interrupted block can queue itself again", if_no="the next block goes on instead"),
     NodeCheck(key="sbatch", what="sbatch inside a job", level_if_no="note",
               if_yes="jobs may submit jobs", if_no="everything is submitted from here; run the file again to add jobs"),
+    NodeCheck(key="sandbox", what="what protects it from code that a model wrote", level_if_no="note",
+              if_yes="answers that are code can be run to score them",
+              if_no="answers that are code are not run, unless evaluation.unprotected_code says so"),
     NodeCheck(key="internet", what="the hub over the internet", level_if_no="note",
               if_yes="models and data can be fetched in jobs",
               if_no="fetch the model here first and use --prepare-here"),

@@ -1,23 +1,22 @@
 """What a process gives up for good before it runs a program that nobody has read: limits, files, system calls.
 
-Run as a script by sandbox/python.py: gives everything up, then runs the program and its tests. It stands on the
-standard library alone.
+Run as a script by sandbox/python.py: gives everything up, then runs the program and its tests. It imports little, since
+every run waits for it: no dataclasses, json or pathlib.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
+import marshal
 import os
-import platform
 import resource
 import struct
 import sys
-import sysconfig
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from typing import Any
 
 READY = b"ready\n"
 """What the parent is told once all is given up, before the program runs."""
@@ -48,7 +47,7 @@ def limit_resources(*, cpu_s: int, memory_bytes: int, file_bytes: int) -> None:
 
 # -------------------------------------------------------------------------------------------------- calls of the kernel
 
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 SIGKILL = 9
 
 
@@ -69,12 +68,11 @@ def libc() -> ctypes.CDLL:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def confine_files(own_folder: str) -> None:
-    """Leave this process only the files of Python to read, and of all only its own folder to change.
+def confine_files(readable: Sequence[str], own_folder: str) -> None:
+    """Leave this process only these files and folders to read, and of all only its own folder to change.
 
     OSError where the kernel offers no way to do so.
     """
-    readable = [*files_of_python(), "/dev/urandom"]
     changeable = [os.devnull, "/dev/zero", own_folder]
     try:
         landlock_version()
@@ -88,14 +86,6 @@ def confine_files(own_folder: str) -> None:
             ) from mounts
         return
     confine_by_landlock(readable, changeable)
-
-
-def files_of_python() -> list[str]:
-    """What a Python program reads: the standard library, installed packages, shared libraries, time zones."""
-    folders = [sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    folders += [str(Path(sys.base_prefix) / "lib"), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
-    folders += os.environ.get("LD_LIBRARY_PATH", "").split(":")
-    return [path for path in (*folders, "/etc/ld.so.cache", "/etc/localtime") if path and Path(path).exists()]
 
 
 # By Landlock, landlock(7).
@@ -125,7 +115,7 @@ def confine_by_landlock(readable: Iterable[str], changeable: Iterable[str]) -> N
     ):
         for path in paths:
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            allowed = rights & handled if Path(path).is_dir() else rights & handled & of_files
+            allowed = rights & handled if os.path.isdir(path) else rights & handled & of_files
             rule = ctypes.create_string_buffer(struct.pack("=Qi", allowed, place), 12)
             kernel(library.syscall, ADD_RULE, ruleset, PATH_BENEATH, rule, 0)
             os.close(place)
@@ -148,7 +138,8 @@ def confine_by_mounts(readable: Sequence[str], changeable: Sequence[str], own_fo
     user, group = os.getuid(), os.getgid()
     kernel(library.unshare, NEW_USERS | NEW_MOUNTS)
     for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
-        Path(f"/proc/self/{name}").write_text(text)
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
 
     def mount(source: str | None, target: str, flags: int, kind: str | None = None) -> None:
         names = (None if one is None else os.fsencode(one) for one in (source, target, kind))
@@ -157,25 +148,25 @@ def confine_by_mounts(readable: Sequence[str], changeable: Sequence[str], own_fo
 
     mount(None, "/", PRIVATE | WITH_MOUNTS_BELOW)
     root = f"{own_folder}/root"
-    Path(root).mkdir()
+    os.mkdir(root)
     mount("none", root, NO_SET_ID | NO_DEVICES, "tmpfs")
     for path in (*not_below_another([*readable, *map(os.path.realpath, readable)]), *changeable):
-        place = Path(root + path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if Path(path).is_dir():
-            place.mkdir(exist_ok=True)
+        place = root + path
+        if os.path.isdir(path):
+            os.makedirs(place, exist_ok=True)
         else:
-            place.touch()
-        mount(path, str(place), BIND if path == own_folder else BIND | WITH_MOUNTS_BELOW)
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            open(place, "w").close()
+        mount(path, place, BIND if path == own_folder else BIND | WITH_MOUNTS_BELOW)
     for target in mounts_below(root):
         if target.removeprefix(root) not in changeable:
             kept = sum(wanted for told, wanted in KEPT_FLAGS.items() if os.statvfs(target).f_flag & told)
             mount(None, target, REMOUNT | BIND | READ_ONLY | kept)
     os.chdir(root)
-    kernel(library.syscall, MACHINES[platform.machine()].pivot_root, b".", b".")
+    kernel(library.syscall, MACHINES[os.uname().machine].pivot_root, b".", b".")
     kernel(library.umount2, b".", DETACH)
     os.chdir(own_folder)
-    Path(root).rmdir()
+    os.rmdir(root)
 
 
 def not_below_another(paths: Iterable[str]) -> list[str]:
@@ -189,20 +180,21 @@ def not_below_another(paths: Iterable[str]) -> list[str]:
 
 def mounts_below(root: str) -> list[str]:
     """The mounts at a folder and below it."""
-    targets = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    with open("/proc/self/mountinfo") as file:
+        targets = [line.split()[4] for line in file]
     return [target for target in targets if target == root or target.startswith(f"{root}/")]
 
 
 # ------------------------------------------------------------------------------------ system calls: seccomp, seccomp(2)
 
 
-@dataclass(frozen=True)
 class Machine:
     """How a kind of processor names itself to seccomp, its column in SYSTEM_CALLS, and one more system call."""
 
-    architecture: int
-    column: int
-    pivot_root: int
+    def __init__(self, architecture: int, column: int, pivot_root: int) -> None:
+        self.architecture = architecture
+        self.column = column
+        self.pivot_root = pivot_root
 
 
 MACHINES = {"x86_64": Machine(0xC000003E, 0, 155), "aarch64": Machine(0xC00000B7, 1, 41)}
@@ -256,14 +248,14 @@ FILE_COMMANDS = (
 DEVICE_COMMANDS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # of ioctl: is it a terminal, how much is to be read
 
 
-@dataclass(frozen=True)
 class Condition:
     """Whether an argument of a system call, masked, is one of these values, or where `negated` none of them."""
 
-    argument: int
-    mask: int
-    values: tuple[int, ...]
-    negated: bool = False
+    def __init__(self, argument: int, mask: int, values: Sequence[int], *, negated: bool = False) -> None:
+        self.argument = argument
+        self.mask = mask
+        self.values = values
+        self.negated = negated
 
 
 def conditions() -> dict[str, Condition]:
@@ -289,9 +281,9 @@ def confine_system_calls() -> None:
 
     OSError where that cannot be had.
     """
-    if platform.machine() not in MACHINES:
-        raise OSError(f"a list of system calls for {platform.machine()} (there are {', '.join(MACHINES)})")
-    program = b"".join(filter_instructions(MACHINES[platform.machine()], conditions()))
+    if os.uname().machine not in MACHINES:
+        raise OSError(f"a list of system calls for {os.uname().machine} (there are {', '.join(MACHINES)})")
+    program = b"".join(filter_instructions(MACHINES[os.uname().machine], conditions()))
     code = ctypes.create_string_buffer(program, len(program))
     header = ctypes.create_string_buffer(struct.pack("HP", len(program) // 8, ctypes.addressof(code)))
     kernel(libc().prctl, PR_SET_SECCOMP, 2, ctypes.addressof(header), 0, 0)
@@ -339,15 +331,13 @@ def instruction(code: int, value: int, *, skip_if_true: int = 0, skip_if_false: 
 def main(arguments: Sequence[str]) -> None:
     """Give up what can be, run the program and its tests, and write the nonce where both came to their end."""
     del sys.path[0]  # the folder of this file, which is not the program's
-    task = json.load(sys.stdin)
+    task = marshal.load(sys.stdin.buffer)
     answers = int(arguments[0])
-    with open(os.devnull) as nothing:  # noqa: PTH123
+    with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), sys.stdin.fileno())
-    kernel(libc().prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+    lacks = give_up(task)
     if os.getppid() != task["parent"]:
         return
-    kernel(libc().prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    lacks = give_up(task)
     if lacks and not task["unprotected"]:
         os.write(answers, LACKS + " and ".join(lacks).encode())
         return
@@ -362,11 +352,15 @@ def main(arguments: Sequence[str]) -> None:
 def give_up(task: dict[str, Any]) -> list[str]:
     """Give up all that can be; returns what this machine lacks to give up more."""
     limit_resources(cpu_s=task["cpu_s"], memory_bytes=task["memory_bytes"], file_bytes=task["folder_bytes"])
+    set_process = libc().prctl
+    kernel(set_process, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     lacks = []
     try:
-        confine_files(os.getcwd())  # noqa: PTH109
+        confine_files(task["readable"], os.getcwd())
     except OSError as error:
         lacks.append(str(error))
+    kernel(set_process, PR_SET_DUMPABLE, 0, 0, 0, 0)  # some machines write dumps whatever RLIMIT_CORE says
+    kernel(set_process, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)  # a new user namespace would take it back
     try:
         confine_system_calls()
     except OSError as error:

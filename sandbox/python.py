@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import marshal
 import math
 import os
 import re
@@ -11,6 +11,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -94,11 +95,12 @@ def run_tests(program: str, tests: str, *, limits: Limits = USUAL, unprotected: 
         "cpu_s": math.ceil(limits.time_s),
         "memory_bytes": limits.memory_bytes,
         "folder_bytes": limits.folder_bytes,
+        "readable": files_of_python(),
         "unprotected": unprotected,
         "parent": os.getpid(),
     }
     with tempfile.TemporaryDirectory(prefix="baton-sandbox-") as folder, tempfile.TemporaryFile() as task_file:
-        task_file.write(json.dumps(task).encode())
+        marshal.dump(task, task_file)
         task_file.seek(0)
         answers, answers_of_child = os.pipe()
         with open(answers, "rb", buffering=0) as answer_pipe:  # noqa: PTH123
@@ -128,6 +130,15 @@ def run_tests(program: str, tests: str, *, limits: Limits = USUAL, unprotected: 
         if not watched.answer.startswith(READY):
             raise RuntimeError(f"no program could be run in the sandbox: {watched.text()}")
         return TestRun(outcome, watched.text())
+
+
+def files_of_python() -> list[str]:
+    """What a Python program reads: the standard library, installed packages, shared libraries, time zones."""
+    folders = [sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    folders += [str(Path(sys.base_prefix) / "lib"), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
+    folders += os.environ.get("LD_LIBRARY_PATH", "").split(":")
+    files = ["/etc/ld.so.cache", "/etc/localtime", "/dev/urandom"]
+    return [path for path in (*folders, *files) if path and Path(path).exists()]
 
 
 def refusal(lacks: str) -> str:

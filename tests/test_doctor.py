@@ -37,6 +37,7 @@ from jobs.doctor import (
     warnings_s,
 )
 from jobs.triage import BlockTiming
+from sandbox.python import missing_protection
 from training.config import SaveInterval
 from training.run_folder import append_line
 
@@ -300,7 +301,7 @@ def test_what_a_node_lacks_is_judged_by_what_it_breaks() -> None:
     seen = {"node": "node7", "project": "no", "runs": "no", "python": "no", "sbatch": "yes", "internet": "no"}
     levels = {check.key: judge(check, seen).level for check in NODE_CHECKS}
     assert levels == {"project": "note", "runs": "problem", "python": "problem", "scontrol": "note", "sbatch": "fine",
-                      "internet": "note"}  # fmt: skip
+                      "sandbox": "note", "internet": "note"}  # fmt: skip
 
 
 # The command
@@ -363,6 +364,8 @@ def test_a_real_cluster_and_its_nodes_are_examined(slurm: SlurmCluster, tmp_path
     node = {found["found"] for found in by_level["fine"] if found["about"] == "node node1"}
     assert node >= {"has the interpreter", "has the runs folder, to write in", "has scontrol inside a job",
                     "has sbatch inside a job"}  # fmt: skip
+    protection = "what protects it from code that a model wrote"
+    assert (f"has {protection}" in node) == (missing_protection() is None)
     assert list(tmp_path.iterdir()) == [tmp_path / "test"]
 
 
