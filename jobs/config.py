@@ -18,7 +18,7 @@ from settings.typed import build, leaves
 from settings.yaml_tree import ConfigError, ConfigTree, Problem, read_config_file, read_overrides
 from training.adapter_options import EXPERTS, LORA_FAMILY, is_prompt_method
 from training.arguments import OWNED_ARGUMENTS, training_argument_names
-from training.config import EvaluationConfig, FinetuningConfig, ModelConfig, TrainingConfig
+from training.config import SHARDED_OPTIMIZERS, EvaluationConfig, FinetuningConfig, ModelConfig, TrainingConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
 """The folder with train.sh: relative paths to runs, data and dataset modules start here."""
@@ -374,6 +374,7 @@ def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
                 )
     else:
         problems += contradictions_of_adapter(config, tree)
+    problems += contradictions_of_parallelism(config, tree)
     if config.trainer == "finetuning" and config.finetuning.objective == "reward" and config.model.peft:
         problems.append(
             Problem(
@@ -433,6 +434,28 @@ def contradictions_of_adapter(config: RunConfig, tree: ConfigTree) -> list[Probl
             f"{config.training.parallelism} keeps in shards; use training.parallelism: ddp"
         )
     return [Problem(tree.place(("model", key)), message) for key, message in messages.items()]
+
+
+def contradictions_of_parallelism(config: RunConfig, tree: ConfigTree) -> list[Problem]:
+    """What cannot be spread over processes."""
+    if config.training.parallelism != "fsdp":
+        return []
+    optimizer = config.training.arguments.get("optim", SHARDED_OPTIMIZERS[0])
+    problems = {
+        ("model", "dtype"): "model.dtype: float16 needs its losses scaled by gradients that training.parallelism: fsdp "
+        "keeps in shards; use bfloat16"
+        if config.model.dtype == "float16"
+        else None,
+        ("model", "peft_method"): "model.peft_method: qlora holds its base in 4 bits, which training.parallelism: fsdp "
+        "cannot spread; use ddp, or lora"
+        if config.model.peft and config.model.peft_method == "qlora"
+        else None,
+        ("training", "arguments", "optim"): f"training.arguments.optim: training.parallelism: fsdp spreads the state "
+        f"of {', '.join(SHARDED_OPTIMIZERS)}, not that of {optimizer}"
+        if optimizer not in SHARDED_OPTIMIZERS
+        else None,
+    }
+    return [Problem(tree.place(path), message) for path, message in problems.items() if message is not None]
 
 
 def contradictions_of_student(model: ModelConfig, teacher: TeacherModelConfig, tree: ConfigTree) -> list[Problem]:
