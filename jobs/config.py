@@ -438,24 +438,30 @@ def contradictions_of_adapter(config: RunConfig, tree: ConfigTree) -> list[Probl
 
 def contradictions_of_parallelism(config: RunConfig, tree: ConfigTree) -> list[Problem]:
     """What cannot be spread over processes."""
-    if config.training.parallelism != "fsdp":
-        return []
+    parallelism, distillation = config.training.parallelism, config.distillation
     optimizer = config.training.arguments.get("optim", SHARDED_OPTIMIZERS[0])
-    problems = {
-        ("model", "dtype"): "model.dtype: float16 needs its losses scaled by gradients that training.parallelism: fsdp "
-        "keeps in shards; use bfloat16"
-        if config.model.dtype == "float16"
-        else None,
-        ("model", "peft_method"): "model.peft_method: qlora holds its base in 4 bits, which training.parallelism: fsdp "
-        "cannot spread; use ddp, or lora"
-        if config.model.peft and config.model.peft_method == "qlora"
-        else None,
-        ("training", "arguments", "optim"): f"training.arguments.optim: training.parallelism: fsdp spreads the state "
-        f"of {', '.join(SHARDED_OPTIMIZERS)}, not that of {optimizer}"
-        if optimizer not in SHARDED_OPTIMIZERS
-        else None,
-    }
-    return [Problem(tree.place(path), message) for path, message in problems.items() if message is not None]
+    messages: dict[tuple[str, ...], str] = {}
+    if parallelism != "ddp" and distillation is not None and distillation.on_policy.share:
+        messages["distillation", "on_policy"] = (
+            f"distillation.on_policy: a student that training.parallelism: {parallelism} spreads over processes cannot "
+            "write answers here; use training.parallelism: ddp, or set distillation.on_policy.share: 0"
+        )
+    if parallelism == "fsdp" and config.model.dtype == "float16":
+        messages["model", "dtype"] = (
+            "model.dtype: float16 scales its losses by the gradients, which training.parallelism: fsdp keeps in "
+            "shards; use bfloat16"
+        )
+    if parallelism == "fsdp" and config.model.peft and config.model.peft_method == "qlora":
+        messages["model", "peft_method"] = (
+            "model.peft_method: qlora holds its base in 4 bits, which training.parallelism: fsdp cannot spread; use "
+            "ddp, or lora"
+        )
+    if parallelism == "fsdp" and optimizer not in SHARDED_OPTIMIZERS:
+        messages["training", "arguments", "optim"] = (
+            "training.arguments.optim: training.parallelism: fsdp spreads the state of "
+            f"{', '.join(SHARDED_OPTIMIZERS)}, not that of {optimizer}"
+        )
+    return [Problem(tree.place(path), message) for path, message in messages.items()]
 
 
 def contradictions_of_student(model: ModelConfig, teacher: TeacherModelConfig, tree: ConfigTree) -> list[Problem]:

@@ -248,6 +248,20 @@ DEEPSPEED = ["--training.parallelism", "deepspeed"]
         ([*FSDP, "--model.dtype", "float16"], "use bfloat16"),
         ([*FSDP, "--model.peft", "true", "--model.peft_method", "qlora"], "fsdp cannot spread; use ddp, or lora"),
         ([*FSDP, "--training.arguments.optim", "adafactor"], "not that of adafactor"),
+        (
+            [
+                *DEEPSPEED,
+                "--trainer",
+                "distillation",
+                "--distillation.teacher_model.name",
+                "configs/models/tiny",
+                "--distillation.teacher",
+                "live",
+                "--distillation.on_policy.share",
+                "0.5",
+            ],
+            "that training.parallelism: deepspeed spreads over processes cannot write answers here",
+        ),
         ([*DEEPSPEED, "--training.deepspeed.stage", "3"], "use training.parallelism: fsdp"),
         ([*DEEPSPEED, "--training.deepspeed.options.bf16.enabled", "true"], "options.bf16: model.dtype decides it"),
         (
