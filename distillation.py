@@ -281,11 +281,6 @@ def students_turns(run: DistillationRun, student: Any) -> Callable[[dict[str, An
     from distilling.on_policy import students_answers
     from training.models import stop_token_ids
 
-    if run.training.parallelism != "ddp":
-        raise ValueError(
-            "distillation.on_policy: a student whose weights are spread over processes cannot write answers here; "
-            "use training.parallelism: ddp, or set distillation.on_policy.share: 0"
-        )
     stops = stop_token_ids(student, build_tokenizer(run))
 
     def written(batch: dict[str, Any]) -> dict[str, Any] | None:

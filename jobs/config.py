@@ -19,7 +19,7 @@ from settings.typed import build, leaves
 from settings.yaml_tree import ConfigError, ConfigTree, Problem, read_config_file, read_overrides
 from training.adapter_options import EXPERTS, LORA_FAMILY, is_prompt_method
 from training.arguments import OWNED_ARGUMENTS, training_argument_names
-from training.config import EvaluationConfig, FinetuningConfig, ModelConfig, TrainingConfig
+from training.config import SHARDED_OPTIMIZERS, EvaluationConfig, FinetuningConfig, ModelConfig, TrainingConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
 """The folder with train.sh: relative paths to runs, data and dataset modules start here."""
@@ -377,6 +377,7 @@ def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
                 )
     else:
         problems += contradictions_of_adapter(config, tree)
+    problems += contradictions_of_parallelism(config, tree)
     is_reward_model = config.trainer == "finetuning" and config.finetuning.objective == "reward"
     if config.evaluation.lm_eval is not None and (config.eagle3 is not None or is_reward_model):
         kind = "a reward model" if is_reward_model else "a draft head"
@@ -443,6 +444,34 @@ def contradictions_of_adapter(config: RunConfig, tree: ConfigTree) -> list[Probl
             f"{config.training.parallelism} keeps in shards; use training.parallelism: ddp"
         )
     return [Problem(tree.place(("model", key)), message) for key, message in messages.items()]
+
+
+def contradictions_of_parallelism(config: RunConfig, tree: ConfigTree) -> list[Problem]:
+    """What cannot be spread over processes."""
+    parallelism, distillation = config.training.parallelism, config.distillation
+    optimizer = config.training.arguments.get("optim", SHARDED_OPTIMIZERS[0])
+    messages: dict[tuple[str, ...], str] = {}
+    if parallelism != "ddp" and distillation is not None and distillation.on_policy.share:
+        messages["distillation", "on_policy"] = (
+            f"distillation.on_policy: a student that training.parallelism: {parallelism} spreads over processes cannot "
+            "write answers here; use training.parallelism: ddp, or set distillation.on_policy.share: 0"
+        )
+    if parallelism == "fsdp" and config.model.dtype == "float16":
+        messages["model", "dtype"] = (
+            "model.dtype: float16 scales its losses by the gradients, which training.parallelism: fsdp keeps in "
+            "shards; use bfloat16"
+        )
+    if parallelism == "fsdp" and config.model.peft and config.model.peft_method == "qlora":
+        messages["model", "peft_method"] = (
+            "model.peft_method: qlora holds its base in 4 bits, which training.parallelism: fsdp cannot spread; use "
+            "ddp, or lora"
+        )
+    if parallelism == "fsdp" and optimizer not in SHARDED_OPTIMIZERS:
+        messages["training", "arguments", "optim"] = (
+            "training.arguments.optim: training.parallelism: fsdp spreads the state of "
+            f"{', '.join(SHARDED_OPTIMIZERS)}, not that of {optimizer}"
+        )
+    return [Problem(tree.place(path), message) for path, message in messages.items()]
 
 
 def contradictions_of_student(model: ModelConfig, teacher: TeacherModelConfig, tree: ConfigTree) -> list[Problem]:

@@ -126,6 +126,7 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
     adapters = [collect("model.adapters", find_adapter, adapter, folder) for adapter in config.model.adapters]
     collect("model.peft_method", check_adapter_packages, config.model.peft, config.model.peft_method)
     evaluation = collect("evaluation.lm_eval", find_harness_tasks, config.evaluation, folder)
+    collect("training.parallelism", check_parallelism_packages, config.training.parallelism)
     checkpoint_dir = collect("model.checkpoint_dir", absolute_checkpoint_dir, config.model.checkpoint_dir)
     collect("runs_dir", check_writable, config.folder.parent)
     collect("data_dir", check_writable, config.data_folder)
@@ -161,6 +162,8 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
     )
     notes += context_notes(config)
     world_size = config.slurm.world_size if cluster == "slurm" else local_world_size(config, notes)
+    if config.training.parallelism != "ddp" and world_size == 1:
+        notes.append(f"training.parallelism: {config.training.parallelism} spreads nothing over one process")
     return CheckedRun(
         config=config, module=module, mixture=mixture, cluster=cluster, world_size=world_size, notes=notes
     )
@@ -368,6 +371,15 @@ def find_harness_tasks(evaluation: EvaluationConfig, config_folder: Path) -> Eva
     raise ValueError(
         f"include_path: no folder {lm_eval.include_path}; tried {', '.join(map(str, dict.fromkeys(tried)))}"
     )
+
+
+def check_parallelism_packages(parallelism: str) -> None:
+    """Raise ValueError where the way to train on several processes needs a package that is not installed."""
+    if parallelism == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(
+            "deepspeed needs the package of this name: .venv/bin/pip install '.[deepspeed]'; or use fsdp, which needs "
+            "none"
+        )
 
 
 def absolute_checkpoint_dir(checkpoint_dir: str | None) -> str | None:

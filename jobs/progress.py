@@ -81,8 +81,10 @@ def describe_event(event: dict[str, Any]) -> str | None:
         case "job_start":
             return f"{event['kind']} starts" + (f" as job {event['job']} on {event['host']}" if event["job"] else "")
         case "resumed":
-            split = f", now {event['split']} a step, before {event['split_before']}" if "split" in event else ""
-            return f"  resumed from step {event['step']}{split}"
+            resumed = f"  resumed from step {event['step']}"
+            if "split" not in event:
+                return resumed
+            return f"{resumed} with {event['split']} a step, before {event['split_before']}: sums round otherwise now"
         case "block_end":
             loss, reward = event.get("eval_loss"), event.get("eval_reward")
             told = f", test loss {loss:.4f}" if loss else f", test reward {reward:.4f}" if reward is not None else ""

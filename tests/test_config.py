@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from jobs.config import PROJECT, read_resolved_config, read_run_config, resolved_values
+from jobs.preflight import check_run
 from settings import typed
 from settings.typed import changed_keys
 from settings.yaml_tree import ConfigError, read_config_file
@@ -230,6 +232,53 @@ def test_adapters_that_cannot_be_are_refused_before_the_queue(tmp_path: Path, ov
     teacher = ["--distillation.teacher_model.name", "configs/models/tiny"] if "distillation" in overrides else []
     problems = problems_of(write(tmp_path, SMALLEST), "--model.peft", "true", *overrides, *teacher)
     assert any(told in line for line in problems), problems
+
+
+FSDP = ["--training.parallelism", "fsdp"]
+DEEPSPEED = ["--training.parallelism", "deepspeed"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["--training.arguments.fsdp", "full_shard"], "is decided by training.parallelism: fsdp, and training.fsdp"),
+        (["--training.arguments.deepspeed", "zero.json"], "is decided by training.parallelism: deepspeed"),
+        (["--training.fsdp.cpu_offload", "true"], "read only where training.parallelism is fsdp, and it is ddp"),
+        ([*FSDP, "--training.deepspeed.stage", "1"], "read only where training.parallelism is deepspeed"),
+        ([*FSDP, "--model.dtype", "float16"], "use bfloat16"),
+        ([*FSDP, "--model.peft", "true", "--model.peft_method", "qlora"], "fsdp cannot spread; use ddp, or lora"),
+        ([*FSDP, "--training.arguments.optim", "adafactor"], "not that of adafactor"),
+        (
+            [
+                *DEEPSPEED,
+                "--trainer",
+                "distillation",
+                "--distillation.teacher_model.name",
+                "configs/models/tiny",
+                "--distillation.teacher",
+                "live",
+                "--distillation.on_policy.share",
+                "0.5",
+            ],
+            "that training.parallelism: deepspeed spreads over processes cannot write answers here",
+        ),
+        ([*DEEPSPEED, "--training.deepspeed.stage", "3"], "use training.parallelism: fsdp"),
+        ([*DEEPSPEED, "--training.deepspeed.options.bf16.enabled", "true"], "options.bf16: model.dtype decides it"),
+        (
+            [*DEEPSPEED, "--training.deepspeed.options.zero_optimization.stage", "1"],
+            "options.zero_optimization.stage: training.deepspeed decides it",
+        ),
+    ],
+)
+def test_ways_to_share_the_work_that_cannot_be_are_refused(tmp_path: Path, overrides: list[str], told: str) -> None:
+    problems = problems_of(write(tmp_path, SMALLEST), *overrides)
+    assert any(told in line for line in problems), problems
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed here")
+def test_deepspeed_that_is_not_installed_is_told_before_the_queue(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"training.parallelism: deepspeed needs the package of this name"):
+        check_run(PROJECT / "configs/test.yaml", [*DEEPSPEED, "--data_dir", str(tmp_path), "--runs_dir", str(tmp_path)])
 
 
 def test_every_setting_survives_being_stored_in_the_run_folder(tmp_path: Path) -> None:

@@ -374,7 +374,7 @@ def test_a_chain_goes_on_over_other_processes_where_its_steps_stay_the_same(
         assert end is not None and end.ledger == Ledger(rows_per_epoch=13, whole_epochs=2)
     resumed = next(event for event in to_one.folder.events() if event["event"] == "resumed")
     assert resumed["step"] == 2
-    assert resumed["split_before"] == "2 rows x 1 micro-batches x 3 processes"
+    assert resumed["split_before"] == "2 rows x 1 micro-batch x 3 processes"
     assert resumed["split"] == "2 rows x 3 micro-batches x 1 process"
 
 

@@ -45,6 +45,7 @@ OWNED_ARGUMENTS: dict[str, str] = {
     "dataloader_drop_last": "the packed batches: every row is trained on in every epoch",
     "parallelism_config": "training.parallelism",
     "fsdp": "training.parallelism: fsdp, and training.fsdp",
+    "deepspeed": "training.parallelism: deepspeed, and training.deepspeed",
     "fsdp_config": "training.parallelism: fsdp, and training.fsdp",
     "ddp_backend": "the trainer: NCCL on GPUs, gloo on the CPU",
     "ddp_timeout": "the trainer: 30 minutes",

@@ -49,10 +49,9 @@ class Split:
         )
 
     def __str__(self) -> str:
-        return (
-            f"{self.batch_size} rows x {self.gradient_accumulation} micro-batches x {self.world_size} "
-            f"process{'es' if self.world_size > 1 else ''}"
-        )
+        rows = f"{self.batch_size} row{'s' if self.batch_size > 1 else ''}"
+        micro_batches = f"{self.gradient_accumulation} micro-batch{'es' if self.gradient_accumulation > 1 else ''}"
+        return f"{rows} x {micro_batches} x {self.world_size} process{'es' if self.world_size > 1 else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)

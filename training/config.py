@@ -11,7 +11,7 @@ from training.online_config import ONLINE_CONFIGS, GrpoConfig, OnlineConfig, Rlo
 
 LearningRateSchedule = Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"]
 ExtensionPolicy = Literal["constant", "rewarm", "stretch"]
-Parallelism = Literal["ddp", "fsdp"]
+Parallelism = Literal["ddp", "fsdp", "deepspeed"]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -199,6 +199,53 @@ class FsdpConfig:
 
 
 @dataclass(kw_only=True, frozen=True)
+class DeepspeedConfig:
+    """How DeepSpeed's ZeRO spreads the training, read where `training.parallelism` is deepspeed."""
+
+    stage: int = 2
+    """1: the optimizer's state is spread over the processes; 2: the gradients too. Each holds all weights."""
+
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the node's memory, and step there."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further keys of DeepSpeed's own config, as {zero_optimization: {reduce_bucket_size: 5e8}}."""
+
+    def __post_init__(self) -> None:
+        given = [key for key in DEEPSPEED_OWNED if key in self.options]
+        zero = self.options.get("zero_optimization") or {}
+        given += [f"zero_optimization.{key}" for key in ("stage", "offload_optimizer", "offload_param") if key in zero]
+        problems = [
+            f"training.deepspeed.options.{key}: {DEEPSPEED_OWNED.get(key, 'training.deepspeed')} decides it; remove it"
+            for key in given
+        ]
+        if self.stage not in (1, 2):
+            problems.append(
+                f"training.deepspeed.stage must be 1 or 2, got {self.stage}; to spread the weights too (stage 3), use "
+                "training.parallelism: fsdp, since the losses need the whole output head"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+"""Values of training.arguments.optim whose state is as large as the weights, number by number, or nothing: what fsdp
+can spread."""
+
+DEEPSPEED_OWNED = {
+    "train_batch_size": "training.batch_size, training.gradient_accumulation and the number of processes",
+    "train_micro_batch_size_per_gpu": "training.batch_size",
+    "gradient_accumulation_steps": "training.gradient_accumulation",
+    "gradient_clipping": "training.max_grad_norm",
+    "optimizer": "training.lr, training.weight_decay and training.arguments.optim",
+    "scheduler": "training.lr_scheduler",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+}
+"""Keys of DeepSpeed's config that other keys of a run decide, and which."""
+
+
+@dataclass(kw_only=True, frozen=True)
 class TrainingConfig:
     """Optimisation over the whole chain. The horizon is `epochs_per_job` x `total_jobs` epochs, and its extensions."""
 
@@ -246,9 +293,13 @@ class TrainingConfig:
 
     parallelism: Parallelism = "ddp"
     """How processes train one model, each on its share of the rows. `ddp`: each holds the whole model. `fsdp`: weights,
-    gradients and the optimizer's state are spread over all of them."""
+    gradients and the optimizer's state are spread over all of them. `deepspeed`: gradients and state are, by ZeRO; it
+    needs `pip install .[deepspeed]`."""
 
     fsdp: FsdpConfig | None = None
+    """Settings of the parallelism of this name."""
+
+    deepspeed: DeepspeedConfig | None = None
     """Settings of the parallelism of this name."""
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -265,10 +316,11 @@ class TrainingConfig:
             problems.append(f"training.keep_checkpoints must be at least 2, got {self.keep_checkpoints}")
         if self.warmup < 0:
             problems.append(f"training.warmup must not be negative, got {self.warmup}")
-        if self.fsdp is not None and self.parallelism != "fsdp":
-            problems.append(
-                f"training.fsdp is read only where training.parallelism is fsdp, and it is {self.parallelism}"
-            )
+        problems += [
+            f"training.{name} is read only where training.parallelism is {name}, and it is {self.parallelism}"
+            for name in ("fsdp", "deepspeed")
+            if name != self.parallelism and getattr(self, name) is not None
+        ]
         try:
             _ = self.save_interval
         except ValueError as error:

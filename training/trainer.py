@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -39,7 +40,7 @@ from training.batches import (
     collate_numbered,
 )
 from training.checkpoints import Checkpoint, Progress, ResumeTerms
-from training.config import FsdpConfig, SaveInterval, TrainingConfig
+from training.config import DeepspeedConfig, FsdpConfig, SaveInterval, TrainingConfig
 from training.distributed import Ranks, agree_on_any, failing_together, from_main, gather_on_all
 from training.ledger import Ledger, RowCounter, refuse_wrong_rows
 from training.owner import LostOwnershipError, Owner
@@ -71,7 +72,9 @@ def training_arguments(
         gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         bf16=precision == torch.bfloat16,
         fp16=precision == torch.float16,
-        use_cpu=not torch.cuda.is_available(),
+        # Of DeepSpeed, transformers hears only where it is not told of a device.
+        use_cpu=not torch.cuda.is_available() and not uses_deepspeed(config),
+        deepspeed=deepspeed_settings(config) if uses_deepspeed(config) else None,
         average_tokens_across_devices=True,
         remove_unused_columns=False,
         save_strategy="no",
@@ -86,6 +89,31 @@ def training_arguments(
         # One process drives one GPU; transformers would split our flat batches over all that it sees.
         arguments._n_gpu = 1
     return arguments
+
+
+def uses_deepspeed(config: TrainingConfig) -> bool:
+    """Whether DeepSpeed trains this block; one process has nothing to spread, and trains without."""
+    return config.parallelism == "deepspeed" and distributed.is_initialized()
+
+
+def deepspeed_settings(config: TrainingConfig) -> dict[str, Any]:
+    """DeepSpeed's own config; `auto` is what transformers fills in from its arguments."""
+    deepspeed = config.deepspeed or DeepspeedConfig()
+    zero = {"stage": deepspeed.stage, **deepspeed.options.get("zero_optimization", {})}
+    if deepspeed.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        # Of torch, as for the other ways; DeepSpeed's own on the CPU would have to be compiled.
+        "zero_force_ds_cpu_optimizer": False,
+        **deepspeed.options,
+        "zero_optimization": zero,
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+    }
 
 
 ExtraMetrics = Callable[[], dict[str, float]]
@@ -225,6 +253,8 @@ class BlockTrainer(Trainer):
         self.horizon = horizon
         self.terms = terms
         self.tied_to_split = tied_to_split or (start.tied_to_split if start else None)
+        if config.parallelism == "deepspeed":
+            self.tied_to_split = "DeepSpeed keeps the optimizer's state by process, for as many as wrote it"
         self.folder = folder
         self.ranks = ranks
         self.start = start
