@@ -648,7 +648,7 @@ def summary(name: str, stats: SplitStats, dataset: DatasetConfig) -> Iterator[st
         for source, part in sorted(stats.sources.items(), key=lambda item: -item[1].tokens):
             yield (
                 f"{name}: {source} {part.samples} rows ({part.samples / stats.samples:.1%}), {part.tokens} tokens "
-                f"({part.tokens / stats.tokens:.1%}), {part.loss_tokens} with loss"
+                f"({part.tokens / stats.tokens:.1%})" + (f", {part.loss_tokens} with loss" if taught else "")
             )
     if stats.longer_than_max_length:
         yield f"{name}: {stats.longer_than_max_length} rows were longer than max_length {dataset.max_length}"

@@ -165,6 +165,33 @@ def gradient(run: FinetuningRun, micro_batches: list[Any]) -> torch.Tensor:
     return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
 
 
+def test_further_iterations_are_updates_from_the_same_answers(make_online_run: MakeRun) -> None:
+    from rewarding.rollouts import PromptCollate
+
+    training = {"lr": 0.5, "lr_scheduler": "constant", "warmup": 0, "max_grad_norm": 0, "batch_size": 6,
+                "gradient_accumulation": 2, "arguments": {"optim": "sgd", "report_to": "none"}}  # fmt: skip
+    run = make_online_run("run", GrpoConfig(**SHORT, iterations=3, epsilon=0.05), training=training)
+    trained = train_to_the_end(run)
+
+    model = finetuning.build_model(run, None)
+    loss = finetuning.online_loss(run, model, step=0)
+    packs = finetuning.build_data(run, "train")
+    batch = PromptCollate()([packs[pack] for pack in range(len(packs))])
+    items = torch.tensor(loss.begin_step([batch]))
+    for iteration in range(3):
+        loss.iteration = iteration
+        loss(model.train(), batch, items).backward()
+        for weight in model.parameters():
+            assert weight.grad is not None
+            weight.data -= 0.5 * weight.grad
+            weight.grad = None
+    expected = {name: weight for name, weight in model.state_dict().items() if name in trained}
+    assert largest_difference(trained, expected) < 1e-6
+    (line,) = run.folder.metrics()
+    assert line["step"] == 1 and line["clip_share"] > 0
+    assert line["clip_share"] == pytest.approx(loss.take()["clip_share"])
+
+
 def test_a_resume_with_another_reward_is_refused(make_online_run: MakeRun) -> None:
     run = make_online_run("run", GrpoConfig(**SHORT), training={"total_jobs": 2})
     finetuning.train(run)
