@@ -788,14 +788,16 @@ def summary(name: str, stats: SplitStats, dataset: DatasetConfig) -> Iterator[st
     yield f"{name}: {stats.samples} rows ({counted(stats.formats)})"
     filled = stats.tokens / (stats.packs * dataset.max_length)
     packed = f" in {stats.packs} packs, {filled:.1%} full" if dataset.packing else ""
-    yield f"{name}: {stats.tokens} tokens, {stats.loss_tokens / stats.tokens:.0%} with loss{packed}"
+    # Prompts have no loss: what is learned from is still to be written.
+    taught = f", {stats.loss_tokens / stats.tokens:.0%} with loss" if stats.loss_tokens else ""
+    yield f"{name}: {stats.tokens} tokens{taught}{packed}"
     if dataset.mask_rationale:
         yield f"{name}: {stats.rationale_tokens} tokens of rationales left out of the loss"
     if len(stats.sources) > 1:
         for source, part in sorted(stats.sources.items(), key=lambda item: -item[1].tokens):
             yield (
                 f"{name}: {source} {part.samples} rows ({part.samples / stats.samples:.1%}), {part.tokens} tokens "
-                f"({part.tokens / stats.tokens:.1%}), {part.loss_tokens} with loss"
+                f"({part.tokens / stats.tokens:.1%})" + (f", {part.loss_tokens} with loss" if taught else "")
             )
     if stats.longer_than_max_length:
         yield f"{name}: {stats.longer_than_max_length} rows were longer than max_length {dataset.max_length}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rewarding.online import OnlineLoss
+from training.run import NonFiniteLossError
 from training.trainer import BlockTrainer
 
 
@@ -34,5 +36,12 @@ class FurtherIterations(TrainerCallback):
             model.zero_grad()
             for batch in self.loss.batches:
                 trainer.training_step(model, batch, items)
-            if args.max_grad_norm > 0:
-                trainer.accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            norm = trainer.accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+            # float16 has a scaler, which skips updates whose gradients overflowed. What the trainer looks at before it
+            # saves are loss and gradient of the first iteration.
+            if trainer.accelerator.scaler is None and not bool(norm.isfinite()):
+                raise NonFiniteLossError(
+                    f"the norm of the gradient is {norm.item()} at iteration {self.loss.iteration + 1} of step "
+                    f"{state.global_step + 1}. The newest checkpoint is from before. Try fewer iterations "
+                    f"(finetuning.{self.loss.config.section}.iterations), a lower training.lr, or model.dtype: float32."
+                )

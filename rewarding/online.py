@@ -81,12 +81,12 @@ class OnlineLoss:
         rollouts = self.writer.write(batch[PROMPTS], occasion=str(self.step), answers=self.config.group_size)
         rewards = self.rewards.of(self.writer.answered(rollouts, self.rows))
         total_S = self.rewards.total(rewards)
-        answered = to_device(rollouts_batch(rollouts, total_S), self.writer.network.device)
+        answered = to_device(rollouts_batch(rollouts), self.writer.network.device)
         self.ask_before_updates(answered)
         kl_S = None
         if isinstance(self.config, RlooConfig) and self.reference is not None:
             kl_S = sums_by_answer(answered[OLD] - answered[REFERENCE], answered[ANSWER_TOKENS]).double().cpu()
-        answered[ADVANTAGES] = advantages(total_S, self.config, kl_S).to(answered[ADVANTAGES])
+        answered[ADVANTAGES] = advantages(total_S, self.config, kl_S).to(self.writer.network.device, torch.float32)
         batch.clear()
         batch.update(answered)
         self.note_rewards(rollouts, rewards, total_S)

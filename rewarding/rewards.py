@@ -2,7 +2,7 @@
 
 `reward(prompt_messages, answer, row) -> float` of a dataset module is given the turns before the answer, the answer as
 text without control tokens, and the row as the module returned it. It runs in every training process, as the rest of
-the module does.
+the module does. A chain equals one uninterrupted run only where the same arguments give the same reward.
 """
 
 from __future__ import annotations

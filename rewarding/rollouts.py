@@ -125,6 +125,6 @@ def numbers_of(seed: int, occasion: str, sample_id: str, answer: int, count: int
     return np.random.Generator(np.random.Philox(key=xxhash.xxh3_128_intdigest(name))).random(count)
 
 
-def rollouts_batch(rollouts: Sequence[Rollout], advantages_S: torch.Tensor) -> Batch:
-    """The batch that is learned from."""
-    return {**answers_batch([rollout.row for rollout in rollouts]), ADVANTAGES: advantages_S.float()}
+def rollouts_batch(rollouts: Sequence[Rollout]) -> Batch:
+    """The answers' batch, before it is known what they are worth."""
+    return answers_batch([rollout.row for rollout in rollouts])

@@ -23,7 +23,7 @@ from settings.yaml_tree import ConfigError
 from training.checkpoints import newest_valid
 from training.config import FinetuningConfig, LoraConfig
 from training.online_config import GrpoConfig, RewardSource, RlooConfig
-from training.run import FinetuningRun
+from training.run import FinetuningRun, NonFiniteLossError
 
 MakeRun = Callable[..., FinetuningRun]
 SUMS = ModuleFile(PROJECT / "datasets/synthetic_sums.py")
@@ -100,12 +100,27 @@ def test_two_blocks_equal_one_uninterrupted_run_bit_for_bit(
     assert all("eval_reward" in event for event in chain.folder.events() if event["event"] == "block_end")
 
 
-def test_two_blocks_of_an_adapter_with_dropout_equal_one_run(make_online_run: MakeRun, teacher: Path) -> None:
-    model = {"name": str(teacher), "from_scratch": False, "peft": True, "lora": LoraConfig(r=4, dropout=0.2)}
+def test_two_blocks_of_an_adapter_with_dropout_in_bfloat16_equal_one_run(
+    make_online_run: MakeRun, teacher: Path
+) -> None:
+    model = {"name": str(teacher), "from_scratch": False, "peft": True, "lora": LoraConfig(r=4, dropout=0.2),
+             "dtype": "bfloat16"}  # fmt: skip
     settings = GrpoConfig(**SHORT, beta=0.1)
     chain = make_online_run("chain", settings, model=model, training={"epochs_per_job": 1, "total_jobs": 2})
     whole = make_online_run("whole", settings, model=model, training={"epochs_per_job": 2, "total_jobs": 1})
-    assert largest_difference(train_to_the_end(chain), train_to_the_end(whole)) == 0
+    trained = train_to_the_end(chain)
+    assert largest_difference(trained, train_to_the_end(whole)) == 0
+    assert all(bool(weight.any()) for name, weight in trained.items() if "lora_B" in name), "they began as zeros"
+    assert "kl" in next(iter(chain.folder.metrics()))
+
+
+def test_a_gradient_that_is_not_finite_at_a_further_iteration_ends_the_block_without_a_checkpoint(
+    make_online_run: MakeRun,
+) -> None:
+    run = make_online_run("run", GrpoConfig(**SHORT, iterations=3), training={"lr": 1e18, "save_every": 1})
+    with pytest.raises(NonFiniteLossError, match=r"at iteration 2 of step 1\. .*finetuning\.grpo\.iterations"):
+        finetuning.train(run)
+    assert newest_valid(run.folder.checkpoints) == (None, [])
 
 
 def test_a_stop_between_micro_batches_changes_nothing(make_online_run: MakeRun) -> None:
@@ -148,6 +163,33 @@ def gradient(run: FinetuningRun, micro_batches: list[Any]) -> torch.Tensor:
     for batch in batches:
         loss(model, batch, torch.tensor(items)).backward()
     return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+
+
+def test_further_iterations_are_updates_from_the_same_answers(make_online_run: MakeRun) -> None:
+    from rewarding.rollouts import PromptCollate
+
+    training = {"lr": 0.5, "lr_scheduler": "constant", "warmup": 0, "max_grad_norm": 0, "batch_size": 6,
+                "gradient_accumulation": 2, "arguments": {"optim": "sgd", "report_to": "none"}}  # fmt: skip
+    run = make_online_run("run", GrpoConfig(**SHORT, iterations=3, epsilon=0.05), training=training)
+    trained = train_to_the_end(run)
+
+    model = finetuning.build_model(run, None)
+    loss = finetuning.online_loss(run, model, step=0)
+    packs = finetuning.build_data(run, "train")
+    batch = PromptCollate()([packs[pack] for pack in range(len(packs))])
+    items = torch.tensor(loss.begin_step([batch]))
+    for iteration in range(3):
+        loss.iteration = iteration
+        loss(model.train(), batch, items).backward()
+        for weight in model.parameters():
+            assert weight.grad is not None
+            weight.data -= 0.5 * weight.grad
+            weight.grad = None
+    expected = {name: weight for name, weight in model.state_dict().items() if name in trained}
+    assert largest_difference(trained, expected) < 1e-6
+    (line,) = run.folder.metrics()
+    assert line["step"] == 1 and line["clip_share"] > 0
+    assert line["clip_share"] == pytest.approx(loss.take()["clip_share"])
 
 
 def test_a_resume_with_another_reward_is_refused(make_online_run: MakeRun) -> None:

@@ -51,6 +51,20 @@ def test_a_run_that_has_not_begun_has_a_page_too(run: RunFolder) -> None:
     assert report_page(run).count("nothing yet") == 4
 
 
+def test_rewards_of_a_model_s_own_answers_have_their_curves(run: RunFolder) -> None:
+    for step in (1, 2, 3, 4):
+        rewards = {"reward": step / 10, "reward_module": 0.2, "reward_judge": 0.1, "reward_std": 0.3, "kl": 0.01}
+        run.record_metrics(step=step, loss=0.0, lr=1e-3, answer_tokens=5.0, **rewards)
+    run.record_event("block_end", step=4, epoch=2.0, block=2, eval_reward=0.5)
+    page = report_page(run)
+    titles = re.findall("<figcaption>([^<]*)", page)
+    assert titles[:3] == [
+        "Mean reward (line: training, dots: test split at block ends)", "Mean reward by module", "Mean reward by judge"
+    ]  # fmt: skip
+    assert "Tokens of an answer" in titles and "Mean reward by std" not in titles
+    assert len(polylines(page)[0]) == 4 and len(polylines(page)[1]) == 1
+
+
 def test_answers_of_the_model_are_shown_as_text(run: RunFolder) -> None:
     answer = "<script>alert('x')</script> & <b>"
     run.evaluation.write_text(json.dumps({"loss": 1.5, "examples": [{"prompt": "1 < 2?", "prediction": answer}]}))

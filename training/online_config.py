@@ -61,7 +61,7 @@ class RewardSource:
 @dataclass(kw_only=True, frozen=True)
 class OnlineConfig:
     """What GRPO and RLOO share. An optimizer step asks the prompts of its micro-batches, `training.batch_size` each on
-    every process, and learns from the answers."""
+    every process, and learns from the answers. The mean reward is told on the first `evaluation.limit` test prompts."""
 
     section: ClassVar[str]
 
