@@ -301,7 +301,8 @@ def write_prepared(request: PreparationRequest, folder: Path, report: Report, wo
         dataset = replace(dataset, packing=False)
         splits = write_image_splits(request, rows, processor, folder)
     else:
-        splits = write_token_splits(request, rows, getattr(processor, "tokenizer", processor), folder, report, workers)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        splits = write_token_splits(replace(request, dataset=dataset), rows, tokenizer, folder, report, workers)
     written: dict[str, SplitStats] = {}
     fingerprint = xxhash.xxh3_128()
     for split in splits:

@@ -201,7 +201,10 @@ def answers_batch(rows: list[TokenRow]) -> Batch:
 def take_mismatched(batch: Batch) -> Batch:
     """The mismatched answers of a batch, which then has none. Where there are none they are an empty batch, so that
     all processes ask a model in shards as often as the others."""
-    mismatched: Batch = batch.pop(MISMATCHED, None) or answers_batch([])
+    if MISMATCHED not in batch:
+        nothing = {REFERENCE: torch.zeros(0)} if REFERENCE in batch else {}
+        return {**answers_batch([]), **nothing}
+    mismatched: Batch = batch.pop(MISMATCHED)
     return mismatched
 
 
