@@ -24,6 +24,7 @@ import xxhash
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile, load_rows, parse_module, score_function
 from mixture.formats import NoExchangeError, Sample, canonical_sample, detect_format
+from mixture.image_rows import without_decoding
 from mixture.packing import packs_of_units, single_packs, staged_packs
 from mixture.preferences import ROWS_PER_UNIT, is_preference, renderer_for
 from mixture.render import OVER_LENGTH_DEFAULT, Objective, generation_prompt
@@ -593,7 +594,7 @@ def rows_of_module(request: PreparationRequest, processor: Any, report: Report) 
 def with_first(rows: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     """The first row, or None, and all rows; those that can be read only once are not read twice."""
     if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
-        return rows[0], rows
+        return without_decoding(rows)[0][0], rows
     iterator = iter(rows)
     head = list(islice(iterator, 1))
     return (head[0] if head else None), chain(head, iterator)

@@ -310,6 +310,8 @@ def export_adapter(model: Any, folder: Path, config: ModelConfig, *, step: int) 
 
 def adapter_card(model: nn.Module, config: ModelConfig, *, step: int) -> str:
     """The README.md of an exported adapter."""
+    reads_images = hasattr(getattr(model, "config", None), "vision_config")
+    base, text = ("ImageTextToText", "Processor") if reads_images else ("CausalLM", "Tokenizer")
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     below = f"It was trained on the base with {', '.join(config.adapters)} merged in; `merged/` holds all of them.\n\n"
     revision = f", revision={config.revision!r}" if config.revision else ""
@@ -334,12 +336,12 @@ Kind: {config.peft_method}, {trained:,} trained numbers, after {step} optimizer 
 {below if config.adapters else ""}It holds the difference to its base model and needs it:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelFor{base}, Auto{text}
 {first}
 
-model = AutoModelForCausalLM.from_pretrained({config.name!r}{revision})
+model = AutoModelFor{base}.from_pretrained({config.name!r}{revision})
 {load}
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+{text.lower()} = Auto{text}.from_pretrained(FOLDER)
 ```
 
 Trained with:

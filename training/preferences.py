@@ -30,7 +30,7 @@ from training.distributed import Ranks, gather_on_all, sum_over_ranks
 from training.evaluation import autocast, to_device
 from training.export import replacing
 from training.losses import linear_log_probabilities, logit_shape, output_head, supervised_places
-from training.models import load_model_config, where_tried
+from training.models import align_weights, load_model_config, where_tried
 from training.preference_losses import Answers, losses, scores
 
 # Tensors are named by shape. S answers, N supervised tokens.
@@ -110,6 +110,7 @@ def build_reward_model(model: ModelConfig, *, seed: int, checkpoint: Path | None
             ) from error
     if model.attention == "varlen":
         check_packable(network)
+    align_weights(network)
 
     def values(network: Any, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
         hidden_TH = network.base_model(**inputs, use_cache=False)[0].flatten(0, 1)
