@@ -297,7 +297,7 @@ def write_prepared(request: PreparationRequest, folder: Path, report: Report, wo
     rows = rows_of_module(request, processor, report)
     if rows and rows.hold_images:
         dataset = replace(dataset, packing=False)
-        splits = write_image_splits(request, rows, processor, folder)
+        splits = write_image_splits(request, rows, processor, folder, workers)
     else:
         splits = write_token_splits(request, rows, getattr(processor, "tokenizer", processor), folder, report, workers)
     written: dict[str, SplitStats] = {}
@@ -355,7 +355,7 @@ def write_token_splits(
 
 
 def write_image_splits(
-    request: PreparationRequest, rows: RowsOfModule, processor: Any, folder: Path
+    request: PreparationRequest, rows: RowsOfModule, processor: Any, folder: Path, workers: int
 ) -> Iterator[WrittenSplit]:
     """Write rows with images, each a pack of its own."""
     from mixture.image_preparation import ImageSplitWriter, check_settings
@@ -363,29 +363,31 @@ def write_image_splits(
     if request.mixture is not None:
         raise ValueError(f"{request.module}: a mixture cannot stand beside rows with images")
     check_settings(request.objective, request.dataset)
-    writer = ImageSplitWriter(rows.module, processor, request.dataset, folder)
-    for name, split in (("train", rows.train), ("test", rows.test)):
-        found = writer.write(split, name, rows.source)
-        if not found.samples:
-            raise ValueError(f"split {name}: {rows.module.path} returned 0 rows")
-        if not found.rows:
-            raise nothing_left(name, found.samples, found.dropped)
-        write_packs(folder, name, single_packs(found.rows))
-        source = SourceStats(samples=found.samples, rows=found.rows, tokens=found.tokens, loss_tokens=found.loss_tokens)
-        stats = SplitStats(
-            samples=found.samples,
-            formats={"rows with images": found.samples},
-            rows=found.rows,
-            dropped=found.dropped,
-            longer_than_max_length=found.longer_than_max_length,
-            rationale_tokens=0,
-            tokens=found.tokens,
-            loss_tokens=found.loss_tokens,
-            packs=found.rows,
-            stages=[0],
-            sources={rows.source: source},
-        )
-        yield WrittenSplit(name, stats, found.digest)
+    with ImageSplitWriter(request, processor, folder, workers) as writer:
+        for name, split in (("train", rows.train), ("test", rows.test)):
+            found = writer.write(split, name, rows.source)
+            if not found.samples:
+                raise ValueError(f"split {name}: {rows.module.path} returned 0 rows")
+            if not found.rows:
+                raise nothing_left(name, found.samples, found.dropped)
+            write_packs(folder, name, single_packs(found.rows))
+            source = SourceStats(
+                samples=found.samples, rows=found.rows, tokens=found.tokens, loss_tokens=found.loss_tokens
+            )
+            stats = SplitStats(
+                samples=found.samples,
+                formats={"rows with images": found.samples},
+                rows=found.rows,
+                dropped=found.dropped,
+                longer_than_max_length=found.longer_than_max_length,
+                rationale_tokens=0,
+                tokens=found.tokens,
+                loss_tokens=found.loss_tokens,
+                packs=found.rows,
+                stages=[0],
+                sources={rows.source: source},
+            )
+            yield WrittenSplit(name, stats, found.digest)
 
 
 def nothing_left(name: str, samples: int, dropped: dict[str, int] | Counter[str]) -> ValueError:

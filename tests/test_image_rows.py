@@ -12,12 +12,14 @@ from image_models import TINY_VISION
 from PIL import Image
 
 from jobs.config import PROJECT, read_run_config
+from mixture import image_preparation
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from mixture.image_dialogues import DialogueCollator, dialogue_of
+from mixture.image_preparation import ImageSplitWriter
 from mixture.image_rows import ImageRows, RowEncoder
 from mixture.inspection import check_dataset
-from mixture.prepare import PreparationRequest, PreparedData, prepare
+from mixture.prepare import PreparationRequest, PreparedData, load_processor, prepare
 
 HEAD = """
 import io
@@ -103,6 +105,22 @@ def test_rows_lie_in_shards_of_a_limited_size_and_memory_holds_one_row(tmp_path:
     assert len(shards) > 2 and all(shard.stat().st_size < 1 << 20 for shard in shards)
     assert [row.sample_id for row in rows] == list(rows.sample_ids()) == [f"made-train-{n}" for n in range(20)]
     assert prepared(tmp_path, noise, shard_size_mb=1).fingerprint == data.fingerprint
+
+
+def test_any_number_of_workers_writes_the_same_and_names_the_same_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_preparation, "ROWS_COUNTED_HERE", 2)
+    request = request_for(tmp_path, "[GOOD]")
+    processor = load_processor(request)
+    image = Image.new("RGB", (8, 8), "red")
+    rows: list[Any] = [{"image": image, "question": "Which?", "answer": "so " * (1 + n % 3)} for n in range(40)]
+    with ImageSplitWriter(request, processor, tmp_path, workers=1) as writer:
+        alone = writer.write(rows, "train", "made")
+    with ImageSplitWriter(request, processor, tmp_path, workers=2) as writer:
+        assert writer.write(rows, "train", "made") == alone
+        with pytest.raises(ValueError, match=r"made.py, test row 40: image: 1 bytes that cannot be decoded"):
+            writer.write([*rows, {**rows[0], "image": {"bytes": b"x", "path": None}}], "test", "made")
 
 
 # --- what is said about images
