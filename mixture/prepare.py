@@ -407,7 +407,9 @@ def load_processor(request: PreparationRequest) -> Any:
         )
     except ImportError as error:
         raise ValueError(
-            f"model.name: the processor of {request.tokenizer!r} needs a package that is not installed: {error}"
+            f"model.name: the processor of {request.tokenizer!r} needs a package that is not installed; those of "
+            "Qwen-VL and SmolVLM need the extra vision of pyproject.toml, with torchvision of the same build as torch: "
+            f"{error}"
         ) from error
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"model.name: cannot load a processor from {request.tokenizer!r}: {error}") from error

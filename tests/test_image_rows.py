@@ -239,7 +239,7 @@ def test_a_processor_that_needs_a_missing_package_is_named(tmp_path: Path) -> No
         "video_processor": {"video_processor_type": "SmolVLMVideoProcessor"},
     }
     (folder / "processor_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"needs a package that is not installed: .*"):
+    with pytest.raises(ValueError, match=r"needs a package that is not installed.* extra vision"):
         prepared(tmp_path, "[GOOD]", tokenizer=folder)
 
 
