@@ -49,14 +49,15 @@ class DatasetConfig:
     conversations."""
 
     packing: bool = True
-    """Put several samples into one row of `max_length` tokens, without attention across samples."""
+    """Put several samples into one row of `max_length` tokens, without attention across samples. Rows with images are
+    padded and never packed."""
 
     mask_rationale: bool = False
     """Leave reasoning out of the loss and learn the answer alone, where samples mark it: `metadata.rationale`,
     [[start, end], ...] in characters of the last answer."""
 
     shard_size_mb: int = 2048
-    """Largest size of a Parquet shard of token rows, in MiB."""
+    """Largest size of a Parquet shard of token rows, and of an Arrow shard of rows with images, in MiB."""
 
     tokenizer_backend: Literal["auto", "huggingface", "fastokens", "gigatoken"] = "auto"
     """What reads the tokenizer.json. `auto` takes a faster reader where one is installed and gives Hugging Face's

@@ -6,11 +6,18 @@ columns that are missing, answers that teach nothing, rows that are too long.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+import multiprocessing
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +34,16 @@ from mixture.image_rows import (
     without_decoding,
 )
 from mixture.render import Objective
+from mixture.tokenising import end_with_parent
+
+if TYPE_CHECKING:
+    from mixture.prepare import PreparationRequest
+
+ROWS_COUNTED_HERE = 500
+"""Fewer are counted sooner than workers have started."""
+
+ROWS_AHEAD = 8
+"""For each worker: enough that none waits, few enough that memory stays flat."""
 
 CollateRows = Callable[[Sequence[Row]], Any]
 
@@ -87,39 +104,40 @@ class ImageSplit:
 
 
 class ImageSplitWriter:
-    """Writes one split of a module's rows with images."""
+    """Writes the splits of a module's rows with images; a context manager."""
 
-    def __init__(self, module: ModuleFile, processor: Any, dataset: DatasetConfig, folder: Path) -> None:
-        self.module = module
-        self.dataset = dataset
+    def __init__(self, request: PreparationRequest, processor: Any, folder: Path, workers: int) -> None:
+        assert request.module is not None, "rows with images come from a dataset module"
+        self.request = request
+        self.module = request.module
+        self.dataset = request.dataset
         self.folder = folder
-        self.collate, self.is_own = collator_for(module, processor, dataset)
+        self.workers = workers
+        self.counter = TokenCounter(request.module, processor, request.dataset)
+        self.executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> ImageSplitWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.executor is not None:
+            self.executor.shutdown(cancel_futures=True)
 
     def write(self, rows: Iterable[Any], split: str, source: str) -> ImageSplit:
         """Write the rows; ValueError names the row that cannot be learned from, and its key."""
-        rows, decodes = without_decoding(rows)
-        encoder = RowEncoder(features_are_images=decodes, reads_files=not self.is_own)
-        columns: list[str] = []
         dropped: Counter[str] = Counter()
         samples = longer = tokens = loss_tokens = 0
         with (
             ImageRowWriter(self.folder, split, shard_size_mb=self.dataset.shard_size_mb) as writer,
             (self.folder / f"{split}.jsonl").open("wb") as jsonl,
         ):
-            for number, row in enumerate(rows):
+            for number, (content, counts) in enumerate(self.counted(self.encoded(rows, split), split)):
                 samples += 1
-                place = f"{self.module.path}, {split} row {number}"
-                if number == 0:
-                    columns = [key for key, value in row.items() if holds_image(value)]
-                try:
-                    require_columns(row, columns)
-                    content = encoder.encoded(row)
-                    counts = self.counts(content)
-                except NotForDialogueError as error:
-                    dropped[str(error)] += 1
+                if isinstance(counts, str):
+                    dropped[counts] += 1
                     continue
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"{place}: {error}") from error
                 if counts.tokens > self.dataset.max_length:
                     longer += 1
                     dropped["longer than max_length"] += 1
@@ -142,16 +160,108 @@ class ImageSplitWriter:
             digest=writer.digest,
         )
 
-    def counts(self, content: EncodedRow) -> TokenCounts:
-        """The tokens of a stored row, as the collator makes them of the row alone."""
+    def encoded(self, rows: Iterable[Any], split: str) -> Iterator[EncodedRow]:
+        """The rows as they are stored."""
+        rows, decodes = without_decoding(rows)
+        encoder = RowEncoder(features_are_images=decodes, reads_files=not self.counter.is_own)
+        columns: list[str] = []
+        for number, row in enumerate(rows):
+            with naming(self.module, split, number):
+                if number == 0:
+                    columns = [key for key, value in row.items() if holds_image(value)]
+                require_columns(row, columns)
+                content = encoder.encoded(row)
+            yield content
+
+    def counted(self, rows: Iterator[EncodedRow], split: str) -> Iterator[tuple[EncodedRow, TokenCounts | str]]:
+        """Each row, in order, with its tokens or the reason to leave it out; the first ones here, many by workers."""
+        number = 0
+        for number, content in enumerate(islice(rows, ROWS_COUNTED_HERE)):
+            with naming(self.module, split, number):
+                counts = self.counter(content)
+            yield content, counts
+        following = list(islice(rows, 1))
+        rest = enumerate(chain(following, rows), number + 1)
+        if not following:
+            return
+        if self.workers == 1:
+            for number, content in rest:
+                with naming(self.module, split, number):
+                    counts = self.counter(content)
+                yield content, counts
+            return
+        yield from self.counted_by_workers(rest, split)
+
+    def counted_by_workers(
+        self, rows: Iterator[tuple[int, EncodedRow]], split: str
+    ) -> Iterator[tuple[EncodedRow, TokenCounts | str]]:
+        if self.executor is None:
+            # Fresh processes: modules and processors bring torch, whose threads do not survive a fork.
+            context = multiprocessing.get_context("spawn")
+            self.executor = ProcessPoolExecutor(self.workers, context, start_worker, (self.request, os.getpid()))
+        pending: deque[tuple[int, EncodedRow, Future[TokenCounts | str]]] = deque()
+
+        def oldest() -> tuple[EncodedRow, TokenCounts | str]:
+            number, content, counts = pending.popleft()
+            with naming(self.module, split, number):
+                return content, counts.result()
+
+        try:
+            for number, content in rows:
+                pending.append((number, content, self.executor.submit(count_in_worker, content)))
+                if len(pending) > ROWS_AHEAD * self.workers:
+                    yield oldest()
+            while pending:
+                yield oldest()
+        except BrokenProcessPool as error:
+            raise RuntimeError("a worker that reads images was ended from outside (out of memory?)") from error
+
+
+@contextmanager
+def naming(module: ModuleFile, split: str, number: int) -> Iterator[None]:
+    """Names the row in the error of what is done with it."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{module.path}, {split} row {number}: {error}") from error
+
+
+class TokenCounter:
+    """Counts the tokens of stored rows, as the collator makes them of each row alone."""
+
+    def __init__(self, module: ModuleFile, processor: Any, dataset: DatasetConfig) -> None:
+        self.module = module
+        self.collate, self.is_own = collator_for(module, processor, dataset)
+
+    def __call__(self, content: EncodedRow) -> TokenCounts | str:
+        """The counts, or the reason to leave the row out; ValueError where it cannot be learned from."""
         row = content.read()
         try:
-            batch = self.collate([row])
+            return token_counts(self.collate([row]))
+        except NotForDialogueError as error:
+            return str(error)
         except Exception as error:
             if self.is_own:
                 raise_located(error, self.module.path, f"in the result of {COLLATOR_FUNCTION}")
             raise
-        return token_counts(batch)
+
+
+counter_of_worker: TokenCounter | None = None
+
+
+def start_worker(request: PreparationRequest, parent: int) -> None:
+    """Set a worker up: it ends with its parent, and makes its own collator."""
+    from mixture.prepare import load_processor
+
+    global counter_of_worker
+    end_with_parent(parent)
+    assert request.module is not None
+    counter_of_worker = TokenCounter(request.module, load_processor(request), request.dataset)
+
+
+def count_in_worker(content: EncodedRow) -> TokenCounts | str:
+    assert counter_of_worker is not None
+    return counter_of_worker(content)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import xxhash
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile, load_rows, parse_module, score_function
 from mixture.formats import NoExchangeError, Sample, canonical_sample, detect_format
+from mixture.image_rows import without_decoding
 from mixture.packing import packs_of_units, single_packs, staged_packs
 from mixture.preferences import ROWS_PER_UNIT, is_preference, renderer_for
 from mixture.prompts import PromptWriter
@@ -299,7 +300,7 @@ def write_prepared(request: PreparationRequest, folder: Path, report: Report, wo
     rows = rows_of_module(request, processor, report)
     if rows and rows.hold_images:
         dataset = replace(dataset, packing=False)
-        splits = write_image_splits(request, rows, processor, folder)
+        splits = write_image_splits(request, rows, processor, folder, workers)
     else:
         tokenizer = getattr(processor, "tokenizer", processor)
         splits = write_token_splits(replace(request, dataset=dataset), rows, tokenizer, folder, report, workers)
@@ -358,7 +359,7 @@ def write_token_splits(
 
 
 def write_image_splits(
-    request: PreparationRequest, rows: RowsOfModule, processor: Any, folder: Path
+    request: PreparationRequest, rows: RowsOfModule, processor: Any, folder: Path, workers: int
 ) -> Iterator[WrittenSplit]:
     """Write rows with images, each a pack of its own."""
     from mixture.image_preparation import ImageSplitWriter, check_settings
@@ -366,29 +367,31 @@ def write_image_splits(
     if request.mixture is not None:
         raise ValueError(f"{request.module}: a mixture cannot stand beside rows with images")
     check_settings(request.objective, request.dataset)
-    writer = ImageSplitWriter(rows.module, processor, request.dataset, folder)
-    for name, split in (("train", rows.train), ("test", rows.test)):
-        found = writer.write(split, name, rows.source)
-        if not found.samples:
-            raise ValueError(f"split {name}: {rows.module.path} returned 0 rows")
-        if not found.rows:
-            raise nothing_left(name, found.samples, found.dropped)
-        write_packs(folder, name, single_packs(found.rows))
-        source = SourceStats(samples=found.samples, rows=found.rows, tokens=found.tokens, loss_tokens=found.loss_tokens)
-        stats = SplitStats(
-            samples=found.samples,
-            formats={"rows with images": found.samples},
-            rows=found.rows,
-            dropped=found.dropped,
-            longer_than_max_length=found.longer_than_max_length,
-            rationale_tokens=0,
-            tokens=found.tokens,
-            loss_tokens=found.loss_tokens,
-            packs=found.rows,
-            stages=[0],
-            sources={rows.source: source},
-        )
-        yield WrittenSplit(name, stats, found.digest)
+    with ImageSplitWriter(request, processor, folder, workers) as writer:
+        for name, split in (("train", rows.train), ("test", rows.test)):
+            found = writer.write(split, name, rows.source)
+            if not found.samples:
+                raise ValueError(f"split {name}: {rows.module.path} returned 0 rows")
+            if not found.rows:
+                raise nothing_left(name, found.samples, found.dropped)
+            write_packs(folder, name, single_packs(found.rows))
+            source = SourceStats(
+                samples=found.samples, rows=found.rows, tokens=found.tokens, loss_tokens=found.loss_tokens
+            )
+            stats = SplitStats(
+                samples=found.samples,
+                formats={"rows with images": found.samples},
+                rows=found.rows,
+                dropped=found.dropped,
+                longer_than_max_length=found.longer_than_max_length,
+                rationale_tokens=0,
+                tokens=found.tokens,
+                loss_tokens=found.loss_tokens,
+                packs=found.rows,
+                stages=[0],
+                sources={rows.source: source},
+            )
+            yield WrittenSplit(name, stats, found.digest)
 
 
 def nothing_left(name: str, samples: int, dropped: dict[str, int] | Counter[str]) -> ValueError:
@@ -408,7 +411,9 @@ def load_processor(request: PreparationRequest) -> Any:
         )
     except ImportError as error:
         raise ValueError(
-            f"model.name: the processor of {request.tokenizer!r} needs a package that is not installed: {error}"
+            f"model.name: the processor of {request.tokenizer!r} needs a package that is not installed; those of "
+            "Qwen-VL and SmolVLM need the extra vision of pyproject.toml, with torchvision of the same build as torch: "
+            f"{error}"
         ) from error
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"model.name: cannot load a processor from {request.tokenizer!r}: {error}") from error
@@ -597,7 +602,7 @@ def rows_of_module(request: PreparationRequest, processor: Any, report: Report) 
 def with_first(rows: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     """The first row, or None, and all rows; those that can be read only once are not read twice."""
     if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
-        return rows[0], rows
+        return without_decoding(rows)[0][0], rows
     iterator = iter(rows)
     head = list(islice(iterator, 1))
     return (head[0] if head else None), chain(head, iterator)

@@ -228,6 +228,11 @@ def start_worker(renderer: Renderer, parent: int) -> None:
     """Set a worker up: it ends with its parent, whatever ends that, and uses one core."""
     global renderer_of_worker
     renderer_of_worker = renderer
+    end_with_parent(parent)
+
+
+def end_with_parent(parent: int) -> None:
+    """Have this worker end with its parent, whatever ends that, and leave other cores to other workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if sys.platform == "linux":

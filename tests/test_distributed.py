@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from image_models import idefics3
 from safetensors.torch import load_file
 from test_harness import TASKS, needs_lm_eval, write_tasks
 from transformers import AutoModelForCausalLM
@@ -401,6 +402,29 @@ def test_a_chain_does_not_go_on_over_other_processes_where_its_steps_would_chang
     for run, why in ((dropout, "random numbers were drawn, as dropout does"), (experts, "balances its experts")):
         with pytest.raises(ValueError, match=why):
             finetuning.train(replace(run, training=replace(run.training, **split)))
+
+
+def test_three_ranks_learn_from_images_as_one_rank_does(
+    on_three_ranks: OnThreeRanks, make_run: MakeRun, tmp_path: Path
+) -> None:
+    model = idefics3(tmp_path / "model")
+    module = ModuleFile(PROJECT / "datasets/synthetic_images.py")
+    dataset = DatasetConfig(name="synthetic_images", max_length=64, module_keys={"num_rows": 16})
+    request = PreparationRequest(dataset=dataset, module=module, tokenizer=str(model), objective="sft")
+    data = prepare(request, tmp_path, lambda line: None)
+    training = {"lr": 1e-3, "batch_size": 2, "log_every": 1}
+
+    def run(name: str, **keys: Any) -> FinetuningRun:
+        made = make_run(name, model={"name": str(model)}, training={**training, **keys})
+        return replace(made, module=module, prepared=data.folder, dataset=dataset)
+
+    one_rank = run("one-rank", batch_size=6, epochs_per_job=2)
+    whole, chain = run("whole", epochs_per_job=2), run("chain", total_jobs=2)
+    train_all([one_rank])
+    on_three_ranks(train_all, [chain, whole])
+    assert_same_weights(chain, whole)
+    one, three = list(one_rank.folder.metrics()), list(whole.folder.metrics())
+    assert [line["loss"] for line in three] == pytest.approx([line["loss"] for line in one], rel=1e-4)
 
 
 def assert_same_weights(one: TrainerRun, other: TrainerRun) -> None:

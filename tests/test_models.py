@@ -38,6 +38,14 @@ def test_random_weights_are_decided_by_the_seed(tiny_model: Path) -> None:
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
+def test_loaded_weights_begin_where_new_ones_do_so_that_sums_round_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    config = ModelConfig(name=str(tiny_model), from_scratch=True)
+    build_model(config, seed=5).save_pretrained(tmp_path)
+    loaded = build_model(config, seed=5, checkpoint=tmp_path)
+    assert {weight.data_ptr() % 64 for weight in loaded.parameters()} == {0}
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+
+
 def test_full_finetuning_keeps_float32_weights_whatever_the_model_was_stored_in(base: Path) -> None:
     model = build_model(ModelConfig(name=str(base), dtype="bfloat16"), seed=1)
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}

@@ -322,6 +322,8 @@ def export_adapter(model: Any, folder: Path, config: ModelConfig, *, step: int) 
 
 def adapter_card(model: Any, config: ModelConfig, *, step: int) -> str:
     """The README.md of an exported adapter."""
+    reads_images = hasattr(getattr(model, "config", None), "vision_config")
+    text = "Processor" if reads_images else "Tokenizer"
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     below = f"It was trained on the base with {', '.join(config.adapters)} merged in; `merged/` holds all of them.\n\n"
     revision = f", revision={config.revision!r}" if config.revision else ""
@@ -334,7 +336,8 @@ def adapter_card(model: Any, config: ModelConfig, *, step: int) -> str:
         library, first = "transformers", "from lora_experts import load_lora_experts  # beside this file"
         load = "load_lora_experts(model, FOLDER)"
     is_classifier = is_adapter(model) and model.active_peft_config.task_type == "SEQ_CLS"
-    auto_model = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
+    writes = "AutoModelForImageTextToText" if reads_images else "AutoModelForCausalLM"
+    auto_model = "AutoModelForSequenceClassification" if is_classifier else writes
     labels = (
         f", num_labels={model.config.num_labels}, pad_token_id={model.config.pad_token_id}" if is_classifier else ""
     )
@@ -351,12 +354,12 @@ Kind: {config.peft_method}, {trained:,} trained numbers, after {step} optimizer 
 {below if config.adapters else ""}It holds the difference to its base model and needs it:
 
 ```python
-from transformers import {auto_model}, AutoTokenizer
+from transformers import {auto_model}, Auto{text}
 {first}
 
 model = {auto_model}.from_pretrained({config.name!r}{revision}{labels})
 {load}
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+{text.lower()} = Auto{text}.from_pretrained(FOLDER)
 ```
 
 Trained with:

@@ -110,6 +110,7 @@ def build_model(
         check_packable(network)
     use_chunked_loss(network)
     if not model.peft:
+        align_weights(network)
         if reads_images and model.train_vision is False:
             vision_tower(network).requires_grad_(False)
         return network
@@ -118,6 +119,13 @@ def build_model(
     if checkpoint:
         load_adapter_state(adapted, checkpoint)
     return adapted
+
+
+def align_weights(network: PreTrainedModel) -> None:
+    """Move weights out of the file that they were loaded from. They begin anywhere there, and where a matrix begins
+    decides how a CPU's sums over it round: a resumed run would not round like an uninterrupted one."""
+    for weight in network.parameters():
+        weight.data = weight.data.clone()
 
 
 def require_image_text(model: ModelConfig, config: PretrainedConfig) -> None:

@@ -32,7 +32,7 @@ from training.distributed import Ranks, gather_on_all, sum_over_ranks
 from training.evaluation import autocast, to_device
 from training.export import replacing
 from training.losses import linear_log_probabilities, logit_shape, output_head, supervised_places
-from training.models import load_model_config, load_weights, precision
+from training.models import align_weights, load_model_config, load_weights, precision
 from training.preference_losses import Answers, losses, scores
 from training.sharding import computing_device
 
@@ -113,6 +113,7 @@ def build_reward_model(model: ModelConfig, *, seed: int, checkpoint: Path | None
         check_packable(network)
     use_rewards(network)
     if not model.peft:
+        align_weights(network)
         return network
     network.score.float()
     adapted = add_adapter(network, model, seed=seed, task="SEQ_CLS")

@@ -43,7 +43,11 @@ class ImageCollate:
 
 
 def as_tensors(batch: Any) -> Batch:
-    return {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in batch.items()}
+    """The batch in tensors whose memory is torch's own, and so aligned; see align_weights in training/models.py."""
+    return {
+        key: torch.as_tensor(value).clone() if isinstance(value, (np.ndarray, torch.Tensor)) else value
+        for key, value in batch.items()
+    }
 
 
 def scored_answers_about_images(
