@@ -22,6 +22,7 @@ import finetuning
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparationRequest, prepare
+from phases import preferences
 from training.checkpoints import Checkpoint, newest_valid
 from training.config import DpoConfig, EvaluationConfig, FinetuningConfig, ModelConfig, OrpoConfig, TrainingConfig
 from training.distributed import Ranks
@@ -125,10 +126,10 @@ def seen_over_blocks(run: FinetuningRun) -> list[Seen]:
 
 
 def held_out(run: FinetuningRun, checkpoint: Checkpoint | None) -> Seen:
-    model = finetuning.build_model(run, checkpoint)
+    model = preferences.build_model(run, checkpoint)
     by_likelihood = replace(run, finetuning=FinetuningConfig(objective="orpo", orpo=OrpoConfig()))
     rewards, likelihoods = (
-        finetuning.held_out_preferences(one, finetuning.preference_loss(one, model), Ranks())["all"]
+        preferences.held_out_preferences(one, preferences.build_loss(one, model), Ranks())["all"]
         for one in (run, by_likelihood)
     )
     return Seen(

@@ -28,6 +28,7 @@ from jobs.config import PROJECT
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparationRequest, prepare
+from phases import texts
 from training.checkpoints import newest_valid
 from training.config import EvaluationConfig, FinetuningConfig, FsdpConfig, KtoConfig, LmEvalConfig, LoraConfig
 from training.distributed import Ranks, agree_on_any, failing_together, from_main, join_ranks, tasks_on_node
@@ -306,7 +307,7 @@ def test_a_model_in_shards_resumes_exactly_and_learns_as_whole_ones_do(
 def shares_of_a_model(run: FinetuningRun) -> tuple[int, int]:
     ranks = Ranks.of_environment()
     join_ranks(run.folder.path, ranks)
-    model = finetuning.build_model(run, None)
+    model = texts.build_model(run, None)
     shard(model, FsdpConfig(), device=torch.device("cpu"), precision=torch.float32)
     mine = sum(own_part(weight).numel() for weight in model.parameters())
     gathered = whole_weights(model, only_trained=False)

@@ -23,6 +23,7 @@ from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile, load_module, module_score
 from mixture.prepare import PreparationRequest, prepare
 from settings.yaml_tree import ConfigError
+from training.block import build_data
 from training.checkpoints import NoValidCheckpointError, newest_valid
 from training.config import EvaluationConfig
 from training.evaluation import generate, prompt_text
@@ -46,7 +47,7 @@ def test_the_test_loss_is_the_mean_over_all_supervised_tokens(trained: Finetunin
     result = finetuning.evaluate(trained)
     model = AutoModelForCausalLM.from_pretrained(trained.folder.export)
     losses = []
-    for sample in finetuning.build_data(trained, "test").rows:
+    for sample in build_data(trained, "test").rows:
         ids = torch.from_numpy(sample.input_ids.astype("int64"))
         mask = torch.from_numpy(sample.loss_mask)[1:]
         with torch.no_grad():
@@ -186,7 +187,7 @@ def test_metrics_have_the_first_and_last_step_of_every_block(trained: Finetuning
     assert {1, 21, 22, 42} <= {line["step"] for line in lines}
     assert lines[-1]["epoch"] == 6
     assert {line["block"] for line in lines} == {1, 2}
-    tokens = sum(len(row.input_ids) for row in finetuning.build_data(trained, "train").rows)
+    tokens = sum(len(row.input_ids) for row in build_data(trained, "train").rows)
     assert lines[-1]["tokens"] == 6 * tokens
     assert all(line["tokens_per_s"] > 0 for line in lines)
 

@@ -19,7 +19,9 @@ from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparationRequest, PreparedData, prepare
 from mixture.prompts import PromptRows
 from mixture.shards import TokenRows
+from phases import rewards
 from settings.yaml_tree import ConfigError
+from training.block import build_data
 from training.checkpoints import newest_valid
 from training.config import FinetuningConfig, LoraConfig
 from training.online_config import GrpoConfig, RewardSource, RlooConfig
@@ -130,7 +132,7 @@ def test_a_stop_between_micro_batches_changes_nothing(make_online_run: MakeRun) 
     from training.block import train_block
 
     def build(start: Any) -> Any:
-        trainer = finetuning.build_trainer(run, start)
+        trainer = rewards.build_trainer(run, start)
         asked = iter([False] * 4 + [True] * 99)  # after each of the micro-batches of a step
         trainer.schedule.stop_requested = lambda: next(asked)
         return trainer
@@ -144,7 +146,7 @@ def test_a_stop_between_micro_batches_changes_nothing(make_online_run: MakeRun) 
 def test_micro_batches_do_not_change_the_loss(loss: Any, make_online_run: MakeRun) -> None:
     settings = RlooConfig(**SHORT) if loss == "rloo" else GrpoConfig(**SHORT, loss=loss, beta=0.1)
     run = make_online_run("run", settings)
-    packs = finetuning.build_data(run, "train")
+    packs = build_data(run, "train")
     rows = [packs[pack] for pack in range(6)]
     gradients = [gradient(run, split) for split in ([rows], [rows[:2], rows[2:]], [[], *([row] for row in rows)])]
     assert gradients[0].abs().max() > 1e-5
@@ -156,8 +158,8 @@ def gradient(run: FinetuningRun, micro_batches: list[Any]) -> torch.Tensor:
     """Of one optimizer step over these micro-batches, each a list of packs of one prompt."""
     from rewarding.rollouts import PromptCollate
 
-    model = finetuning.build_model(run, None)
-    loss = finetuning.online_loss(run, model, step=0)
+    model = rewards.build_model(run, None)
+    loss = rewards.build_loss(run, model, step=0)
     batches = [PromptCollate()(packs) for packs in micro_batches]
     items = loss.begin_step(batches)
     for batch in batches:
@@ -173,9 +175,9 @@ def test_further_iterations_are_updates_from_the_same_answers(make_online_run: M
     run = make_online_run("run", GrpoConfig(**SHORT, iterations=3, epsilon=0.05), training=training)
     trained = train_to_the_end(run)
 
-    model = finetuning.build_model(run, None)
-    loss = finetuning.online_loss(run, model, step=0)
-    packs = finetuning.build_data(run, "train")
+    model = rewards.build_model(run, None)
+    loss = rewards.build_loss(run, model, step=0)
+    packs = build_data(run, "train")
     batch = PromptCollate()([packs[pack] for pack in range(len(packs))])
     items = torch.tensor(loss.begin_step([batch]))
     for iteration in range(3):
@@ -322,7 +324,7 @@ def reward_model(folder: Path, tiny_model: Path) -> Path:
 
     model = ModelConfig(name=str(tiny_model), from_scratch=True)
     tokenizer = load_tokenizer(model)
-    export_reward_model(build_reward_model(model, seed=3), tokenizer, folder, step=1, dtype=torch.float32)
+    export_reward_model(build_reward_model(model, seed=3), tokenizer, folder, step=1, config=model)
     return folder
 
 

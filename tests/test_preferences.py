@@ -21,7 +21,9 @@ from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparationRequest, PreparedData, prepare
 from mixture.shards import TokenRows, read_packs
+from phases import preferences
 from training import reference
+from training.block import build_data
 from training.checkpoints import newest_valid
 from training.config import PREFERENCE_CONFIGS, DpoConfig, FinetuningConfig, LoraConfig
 from training.distributed import Ranks
@@ -135,7 +137,7 @@ def test_an_interrupted_pass_of_the_reference_goes_on_and_is_shared_by_processes
 ) -> None:
     monkeypatch.setattr(reference, "SHARD_PACKS", 2)
     run = make_preference_run("run", "kto")
-    splits = {name: finetuning.build_data(run, name) for name in ("train", "test")}
+    splits = {name: build_data(run, name) for name in ("train", "test")}
     asked: list[Path] = []
     write = reference.Shard.write
 
@@ -148,7 +150,7 @@ def test_an_interrupted_pass_of_the_reference_goes_on_and_is_shared_by_processes
     def compute(name: str, ranks: Ranks) -> Path:
         reference.compute_reference(
             splits, tmp_path / name, run.folder.path / name,
-            lambda: (finetuning.first_reference(run), torch.device("cpu")),
+            lambda: (preferences.first_reference(run), torch.device("cpu")),
             model_precision=torch.float32, batch_size=1, ranks=ranks,
         )  # fmt: skip
         return tmp_path / name
@@ -188,7 +190,7 @@ def test_values_of_another_model_or_arithmetic_are_not_taken(make_preference_run
 
 def rewards_by(model: Any, run: FinetuningRun) -> list[float]:
     """The rewards of the test answers, each read alone, as users of the model read them."""
-    rows = [row for pack in range(2) for row in finetuning.build_data(run, "test")[pack]]
+    rows = [row for pack in range(2) for row in build_data(run, "test")[pack]]
     with torch.no_grad():
         return [float(model.eval()(torch.tensor(row.input_ids[None].astype("int64"))).logits[0, 0]) for row in rows]
 
@@ -207,7 +209,7 @@ def test_a_reward_model_of_adapters_resumes_exactly_and_loads_from_adapter_and_m
     merged = AutoModelForSequenceClassification.from_pretrained(chain.folder.export / "merged")
     plain = AutoModelForSequenceClassification.from_pretrained(teacher, num_labels=1)
     adapted = PeftModel.from_pretrained(plain, chain.folder.export)
-    ours = rewards_by(finetuning.build_model(chain, newest_valid(chain.folder.checkpoints)[0]), chain)
+    ours = rewards_by(preferences.build_model(chain, newest_valid(chain.folder.checkpoints)[0]), chain)
     assert rewards_by(adapted, chain) == pytest.approx(ours, abs=1e-6)
     assert rewards_by(merged, chain) == pytest.approx(ours, abs=1e-5)
     assert finetuning.evaluate(chain)["accuracy"] > 0.5 and max(ours) - min(ours) > 0.1
@@ -222,7 +224,7 @@ def test_a_reward_model_begins_with_adapters_that_were_trained_before(
     writer = make_preference_run("writer", "dpo", model={**lora, "merge_adapter": True})
     finetuning.train(writer)
     beside = {"name": str(teacher), "from_scratch": False, "adapters": [str(writer.folder.export)]}
-    found = finetuning.build_model(make_preference_run("found", "reward", model=beside), None).state_dict()
+    found = preferences.build_model(make_preference_run("found", "reward", model=beside), None).state_dict()
     merged = AutoModelForCausalLM.from_pretrained(writer.folder.export / "merged").state_dict()
     assert "score.weight" in found
     shared = [name for name in merged if name in found]
@@ -232,7 +234,7 @@ def test_a_reward_model_begins_with_adapters_that_were_trained_before(
     both = {**beside, "peft": True, "lora": LoraConfig(r=4), "merge_adapter": True}
     run = make_preference_run("both", "reward", model=both)
     finetuning.train(run)
-    ours = rewards_by(finetuning.build_model(run, newest_valid(run.folder.checkpoints)[0]), run)
+    ours = rewards_by(preferences.build_model(run, newest_valid(run.folder.checkpoints)[0]), run)
     whole = AutoModelForSequenceClassification.from_pretrained(run.folder.export / "merged")
     assert rewards_by(whole, run) == pytest.approx(ours, abs=1e-5)
 
@@ -242,7 +244,7 @@ def test_micro_batches_and_packing_do_not_change_the_loss(
     objective: str, make_preference_run: MakeRun, tmp_path: Path
 ) -> None:
     run = make_preference_run("run", objective)
-    packs = finetuning.build_data(run, "train")
+    packs = build_data(run, "train")
     rows = [row for pack in range(4) for row in packs[pack]]
     pairs = [rows[place : place + 2] for place in range(0, len(rows), 2)]
     gradients = [gradient(run, split) for split in ([pairs], [pairs[:3], pairs[3:]], [[], *([pair] for pair in pairs)])]
@@ -253,8 +255,8 @@ def test_micro_batches_and_packing_do_not_change_the_loss(
 
 def gradient(run: FinetuningRun, micro_batches: list[Any]) -> torch.Tensor:
     """Of one optimizer step over these micro-batches, each a list of packs."""
-    model = finetuning.build_model(run, None)
-    loss = finetuning.preference_loss(run, model)
+    model = preferences.build_model(run, None)
+    loss = preferences.build_loss(run, model)
     torch.manual_seed(5)
     for weight in model.parameters():  # away from the reference, where all log-ratios are 0
         weight.data += 0.05 * torch.randn_like(weight)

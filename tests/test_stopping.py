@@ -16,6 +16,7 @@ from test_exact_resume import assert_every_row_once_in_each_epoch, assert_identi
 
 import finetuning
 from jobs.requeue import read_job
+from phases import texts
 from training.batches import Batch
 from training.config import LoraConfig
 from training.owner import LostOwnershipError, Owner, heart_beats, newest_ticket, read_ticket
@@ -95,7 +96,7 @@ def test_a_stop_between_micro_batches_gives_the_step_up_and_changes_nothing(
     train_to_the_end(whole)
 
     micro_batches = 0
-    compute_loss = finetuning.compute_loss
+    compute_loss = texts.compute_loss
 
     def loss_that_is_interrupted(model: torch.nn.Module, batch: Batch, num_items: torch.Tensor) -> torch.Tensor:
         nonlocal micro_batches

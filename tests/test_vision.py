@@ -23,6 +23,8 @@ from jobs.preflight import check_run
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparationRequest, PreparedData, prepare
+from phases import images
+from training.block import build_data
 from training.checkpoints import newest_valid
 from training.config import LoraConfig
 from training.run import FinetuningRun
@@ -154,9 +156,9 @@ def test_an_adapter_leaves_the_vision_tower_alone_unless_asked(make_image_run: M
 
 def test_a_vision_tower_can_be_kept_as_it_is(make_image_run: MakeRun) -> None:
     run = make_image_run("run", model={"train_vision": False})
-    before = finetuning.build_model(run, None).state_dict()
+    before = images.build_model(run, None).state_dict()
     train_to_the_end(run)
-    after = finetuning.build_model(run, newest_valid(run.folder.checkpoints)[0]).state_dict()
+    after = images.build_model(run, newest_valid(run.folder.checkpoints)[0]).state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed and not any("vision_model" in name for name in changed)
 
@@ -166,17 +168,17 @@ def test_a_vision_tower_can_be_kept_as_it_is(make_image_run: MakeRun) -> None:
 
 def gradient(run: FinetuningRun, micro_batches: list[Any]) -> torch.Tensor:
     """Of one optimizer step over these micro-batches, each a list of packs."""
-    network = finetuning.build_model(run, None)
-    batches = [finetuning.image_collate(run)(packs) for packs in micro_batches]
+    network = images.build_model(run, None)
+    batches = [images.image_collate(run)(packs) for packs in micro_batches]
     items = torch.tensor(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
     for batch in batches:
-        finetuning.compute_loss(network, batch, items).backward()
+        images.compute_loss(network, batch, items).backward()
     return torch.cat([weight.grad.flatten() for weight in network.parameters() if weight.grad is not None])
 
 
 def test_micro_batches_and_padding_do_not_change_the_loss(make_image_run: MakeRun) -> None:
     run = make_image_run("run")
-    packs = [finetuning.build_data(run, "train")[number] for number in range(4)]
+    packs = [build_data(run, "train")[number] for number in range(4)]
     whole = gradient(run, [packs])
     assert whole.abs().max() > 1e-4
     for split in ([packs[:1], packs[1:]], [[], *([pack] for pack in packs)]):
@@ -185,9 +187,9 @@ def test_micro_batches_and_padding_do_not_change_the_loss(make_image_run: MakeRu
 
 def test_only_what_the_assistant_says_is_learned(make_image_run: MakeRun) -> None:
     run = make_image_run("run")
-    processor = finetuning.build_tokenizer(run)
-    data = finetuning.build_data(run, "train")
-    batch = finetuning.image_collate(run)([data[number] for number in range(len(data))])
+    processor = images.build_processor(run)
+    data = build_data(run, "train")
+    batch = images.image_collate(run)([data[number] for number in range(len(data))])
     for number, labels in enumerate(batch["labels"]):
         said = processor.tokenizer.decode(labels[labels != -100])
         assert said == data[number][0].read()["messages"][-1]["content"] + "<|im_end|>"

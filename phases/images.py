@@ -1,0 +1,105 @@
+"""Rows with images: cross entropy of what an image-text model is to write about them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from phases.texts import compute_loss
+from training.block import (
+    BlockStart,
+    build_data,
+    device_of_process,
+    export_trained,
+    held_out_scores,
+    loss_on_test_split,
+    make_trainer,
+)
+from training.checkpoints import Checkpoint
+from training.distributed import Ranks
+from training.run import FinetuningRun
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import ProcessorMixin
+
+    from training.trainer import BlockTrainer
+    from training.vision import ImageCollate
+
+
+def build_trainer(run: FinetuningRun, start: BlockStart) -> BlockTrainer:
+    return make_trainer(
+        with_unused_parameters(run),
+        start,
+        model=build_model(run, start.checkpoint),
+        rows=build_data(run, "train"),
+        compute_loss=compute_loss,
+        objective=run.finetuning.objective,
+        collate=image_collate(run),
+    )
+
+
+def with_unused_parameters(run: FinetuningRun) -> FinetuningRun:
+    """The run, told that some batches leave a part of the model out: texts without images, and the heads of vision
+    towers that the language model does not read."""
+    arguments = {"ddp_find_unused_parameters": True, **run.training.arguments}
+    return replace(run, training=replace(run.training, arguments=arguments))
+
+
+def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module:
+    """The model as the chain left it, or as it begins. Its forward pass returns the loss."""
+    from training import models
+
+    checkpoint = start.path if start else None
+    return models.build_model(run.model, seed=run.seed, checkpoint=checkpoint, reads_images=True)
+
+
+def build_processor(run: FinetuningRun) -> ProcessorMixin:
+    """The processor that made the data."""
+    from training.models import load_processor
+
+    return load_processor(run.model)
+
+
+def image_collate(run: FinetuningRun) -> ImageCollate:
+    """What makes batches of rows with images: the dataset module's collator, or ours where it has none."""
+    from mixture.image_preparation import collator_for
+    from training.vision import ImageCollate
+
+    collate, _ = collator_for(run.module, build_processor(run), run.dataset)
+    return ImageCollate(collate, filler=build_data(run, "train")[0][0])
+
+
+def block_scores(run: FinetuningRun, trainer: BlockTrainer) -> dict[str, float]:
+    """Loss and perplexity on the test split."""
+    return held_out_scores(run, trainer, compute_loss, image_collate(run))
+
+
+def scores(run: FinetuningRun, checkpoint: Checkpoint, ranks: Ranks) -> dict[str, Any]:
+    """Test loss, and answers about images where the module scores."""
+    from mixture.dataset_modules import module_score
+    from training.evaluation import as_json
+    from training.models import precision
+    from training.vision import scored_answers_about_images
+
+    assert run.module is not None, "rows with images come from a dataset module"
+    model: Any = build_model(run, checkpoint).to(device_of_process())
+    collate = image_collate(run)
+    loss = loss_on_test_split(run, model, compute_loss, ranks, collate)
+    score = module_score(run.module, unprotected=run.evaluation.unprotected_code)
+    generated = None
+    if score and run.evaluation.limit:
+        generated = scored_answers_about_images(
+            model.to(precision(run.model)),
+            build_processor(run),
+            build_data(run, "test"),
+            collate,
+            score,
+            config=run.evaluation,
+            ranks=ranks,
+        )
+    return as_json(loss, generated, step=checkpoint.step, epoch=checkpoint.epoch)
+
+
+def export(run: FinetuningRun, end: Checkpoint) -> None:
+    export_trained(run, build_model(run, end), build_processor(run), end)

@@ -1,0 +1,165 @@
+"""Rewards: the model answers prompts itself and learns from what its answers are worth (grpo, rloo)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from phases.preferences import build_judging_model, build_reference
+from phases.texts import build_tokenizer
+from training.block import (
+    BlockStart,
+    build_data,
+    device_of_process,
+    export_trained,
+    harness_scores,
+    make_trainer,
+    open_prepared,
+    scored_answers,
+)
+from training.checkpoints import Checkpoint
+from training.distributed import Ranks
+from training.run import FinetuningRun
+
+if TYPE_CHECKING:
+    import torch
+
+    from rewarding.online import OnlineLoss
+    from rewarding.rewards import Rewards
+    from rewarding.rollouts import Writer
+    from training.online_config import OnlineConfig
+    from training.trainer import BlockTrainer
+
+
+def build_trainer(run: FinetuningRun, start: BlockStart) -> BlockTrainer:
+    from rewarding.iterations import FurtherIterations
+    from rewarding.rollouts import PromptCollate
+
+    model = build_model(run, start.checkpoint)
+    loss = build_loss(run, model, step=start.checkpoint.step if start.checkpoint else 0)
+    trainer = make_trainer(
+        run,
+        start,
+        model=model,
+        rows=build_data(run, "train"),
+        compute_loss=loss,
+        objective=objective(run),
+        collate=PromptCollate(),
+        extra_metrics=loss.take,
+        begin_step=loss.begin_step,
+    )
+    trainer.add_callback(FurtherIterations(trainer, loss))
+    return trainer
+
+
+def settings_of(run: FinetuningRun) -> OnlineConfig:
+    assert run.finetuning.online is not None
+    return run.finetuning.online
+
+
+def objective(run: FinetuningRun) -> str:
+    """All that shapes the loss, in words: a checkpoint is resumed under these settings only."""
+    start = [run.model.name, run.model.revision]
+    settings = {**asdict(settings_of(run)), "start": start, "max_length": run.dataset.max_length}
+    return f"{run.finetuning.objective} {json.dumps(settings, sort_keys=True)}"
+
+
+def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module:
+    """The model as the chain left it, or as it begins. Its forward pass returns what it says of the answers."""
+    return build_judging_model(run, start, temperature=settings_of(run).temperature)
+
+
+def build_loss(run: FinetuningRun, model: torch.nn.Module, *, step: int) -> OnlineLoss:
+    """`compute_loss`, after `step` optimizer steps of the chain: what answers and what rewards."""
+    from mixture.prompts import PromptRows
+    from rewarding.online import OnlineLoss
+    from rewarding.rewards import build_rewards
+
+    config = settings_of(run)
+    return OnlineLoss(
+        config,
+        build_writer(run, model),
+        build_rewards(config, run.module, device_of_process()),
+        PromptRows(run.prepared, "train"),
+        build_reference(run, model, temperature=config.temperature) if config.has_reference else None,
+        step,
+    )
+
+
+def build_writer(run: FinetuningRun, model: Any) -> Writer:
+    """The model as it answers prompts."""
+    from rewarding.rollouts import Writer
+    from training.models import precision, stop_token_ids
+
+    tokenizer = build_tokenizer(run)
+    return Writer(
+        network=model,
+        tokenizer=tokenizer,
+        stops=stop_token_ids(model, tokenizer),
+        precision=precision(run.model),
+        config=settings_of(run),
+        max_length=run.dataset.max_length,
+        seed=run.seed,
+    )
+
+
+# --- scores
+
+
+def block_scores(run: FinetuningRun, trainer: BlockTrainer) -> dict[str, float]:
+    """Mean reward on the test split."""
+    if not has_held_out_prompts(run):
+        return {}
+    loss: Any = trainer.loss
+    by_source, _ = held_out_rewards(run, loss.writer, loss.rewards, trainer.ranks)
+    return {"eval_reward": by_source["all"]["reward"]}
+
+
+def scores(run: FinetuningRun, checkpoint: Checkpoint, ranks: Ranks) -> dict[str, Any]:
+    """Mean rewards before and after, by source in `models`, and answers where the module scores."""
+    from rewarding.rewards import build_rewards
+    from training.evaluation import as_json
+
+    found: dict[str, Any] = {}
+    model: Any = build_model(run, checkpoint).to(device_of_process())
+    if has_held_out_prompts(run):
+        rewards = build_rewards(settings_of(run), run.module, device_of_process())
+        first = build_writer(run, build_model(run, None).to(device_of_process()))
+        before, _ = held_out_rewards(run, first, rewards, ranks)
+        del first  # two models at once are enough
+        after, examples = held_out_rewards(run, build_writer(run, model), rewards, ranks)
+        models = {run.finetuning.objective: after, "before": before}
+        found = {**after["all"], "reward_before": before["all"]["reward"], "examples": examples, "models": models}
+    # Last, as it turns the weights into the precision that answers are written in.
+    tokenizer = build_tokenizer(run)
+    generated = scored_answers(run, model, tokenizer, ranks)
+    found |= harness_scores(run, model, tokenizer, ranks)
+    return {**as_json(None, generated, step=checkpoint.step, epoch=checkpoint.epoch), **found}
+
+
+def has_held_out_prompts(run: FinetuningRun) -> bool:
+    """Whether there are prompts to tell the mean reward on, and it is wanted."""
+    return bool(run.evaluation.limit and open_prepared(run).splits.get("test"))
+
+
+def held_out_rewards(
+    run: FinetuningRun, writer: Writer, rewards: Rewards, ranks: Ranks
+) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
+    """Mean rewards on the test split, of all and by source, and the first few answers."""
+    from mixture.prompts import PromptRows
+    from rewarding import online
+
+    return online.held_out_rewards(
+        writer,
+        rewards,
+        build_data(run, "test"),
+        PromptRows(run.prepared, "test"),
+        limit=run.evaluation.limit,
+        batch_size=run.evaluation.batch_size or run.training.batch_size,
+        ranks=ranks,
+    )
+
+
+def export(run: FinetuningRun, end: Checkpoint) -> None:
+    export_trained(run, build_model(run, end), build_tokenizer(run), end)
