@@ -107,7 +107,7 @@ def test_a_reference_asked_beforehand_teaches_what_one_asked_along_the_way_does(
     chain = make_preference_run("chain", objective, settings=settings, model=model, training=two_blocks)
     finetuning.train(chain)
     assert len(list(chain.prepared.glob("reference-*/*.npy"))) == 2 and not list(chain.folder.path.glob("reference-*"))
-    monkeypatch.setattr(finetuning, "first_reference", None)  # nothing is left to ask it
+    monkeypatch.setattr(preferences, "first_reference", None)  # nothing is left to ask it
     whole = make_preference_run(
         "whole",
         objective,

@@ -106,7 +106,7 @@ def test_a_stop_between_micro_batches_gives_the_step_up_and_changes_nothing(
         return compute_loss(model, batch, num_items)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "compute_loss", loss_that_is_interrupted)
+        patch.setattr(texts, "compute_loss", loss_that_is_interrupted)
         with pytest.raises(StopRequested):
             finetuning.train(stopped)
     assert micro_batches == 8
