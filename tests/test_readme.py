@@ -14,6 +14,7 @@ from jobs.config import PROJECT
 
 RunCommand = Callable[..., subprocess.CompletedProcess[str]]
 README = (PROJECT / "README.md").read_text()
+ONE_SHORT_BLOCK = ["--training.epochs_per_job", "1", "--training.total_jobs", "1"]
 
 
 def commands() -> list[str]:
@@ -61,14 +62,14 @@ def test_the_first_command_trains(project_copy: Path) -> None:
 
 
 def test_the_model_of_the_first_command_teaches_another(project_copy: Path, in_copy: RunCommand) -> None:
-    answer = in_copy("./train.sh configs/distillation_test.yaml", "--training.epochs_per_job", "1")
+    answer = in_copy("./train.sh configs/distillation_test.yaml", *ONE_SHORT_BLOCK)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert (project_copy / "runs/distillation_test/DONE").exists()
     assert "student before" in answer.stdout
 
 
 def test_the_model_of_the_first_command_gets_a_draft_head(project_copy: Path, in_copy: RunCommand) -> None:
-    answer = in_copy("./train.sh configs/eagle3_test.yaml", "--training.epochs_per_job", "1")
+    answer = in_copy("./train.sh configs/eagle3_test.yaml", *ONE_SHORT_BLOCK)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert (project_copy / "runs/eagle3_test/export/model.safetensors").exists()
 
@@ -91,7 +92,7 @@ def test_an_example_learns_from_preferences(in_copy: RunCommand) -> None:
 def test_a_teacher_is_planned_for_examined_and_captured(in_copy: RunCommand, verb: str) -> None:
     at_hand = ["--distillation.teacher_model.name", "runs/test/export", "--model.name", "configs/models/tiny"]
     here = ["--model.from_scratch", "true", "--dataset.mixture", "configs/mixtures/toy.yaml", "--cluster", "local"]
-    answer = in_copy(f"./train.sh {verb} configs/distillation.yaml", *at_hand, *here)
+    answer = in_copy(f"./train.sh {verb} configs/distillation.yaml", *at_hand, *here, "--dataset.limit", "40")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "teacher" in answer.stdout
 
