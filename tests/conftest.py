@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from distilling.config import DistillationConfig, TeacherModelConfig
 from distilling.run import DistillationRun
+from jobs.snapshot import snapshot_code
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from mixture.prepare import PreparationRequest, PreparedData, prepare
@@ -43,6 +45,33 @@ def score(prediction, row):
 
 MakeRun = Callable[..., FinetuningRun]
 MakeDistillation = Callable[..., DistillationRun]
+
+
+RunCommand = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def project_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project as a user gets it, where `runs/` and `data/` are its own, after the first command of the README."""
+    folder = tmp_path_factory.mktemp("copy") / "baton"
+    snapshot_code(folder, PROJECT / "datasets/test_dataset.py")
+    answer = run_in_copy(folder, "./train.sh configs/test.yaml")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def in_copy(project_copy: Path) -> RunCommand:
+    """in_copy("./train.sh configs/test.yaml", ...): what a command, and further words, does in `project_copy`."""
+    return partial(run_in_copy, project_copy)
+
+
+def run_in_copy(copy: Path, command: str, *more: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"BATON_VENV": os.environ.get("BATON_VENV", str(PROJECT / ".venv"))}
+    environment.pop("SLURM_CONF", None)
+    return subprocess.run(
+        [*command.split(), *more], cwd=copy, env=environment, capture_output=True, text=True, timeout=240
+    )
 
 
 @pytest.fixture(scope="session")

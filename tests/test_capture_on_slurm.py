@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
-from tiny_chains import folders, queued_names, train_sh
+from tiny_chains import folders, queued_names, quick_train
 from tiny_teachers import TEST_YAML, make_teacher, taught_by
 
 from jobs import launch, submission
@@ -89,7 +88,7 @@ def test_an_array_shares_the_shards_and_makes_up_for_tasks_that_are_killed_or_pr
     checked = checked_run(tmp_path, teacher, "--distillation.cache.shard_tokens", "32")
     cache, run = cache_of(checked), RunFolder(tmp_path / "runs/test")
     arguments = ["capture", TEST_YAML, *options(tmp_path, teacher, "--distillation.cache.shard_tokens", "32")]
-    answer = train_sh(*arguments)
+    answer = quick_train(*arguments)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "of 3 tasks, after" in answer.stdout
     array = next(job for job in Journal.open(run).jobs if job.kind == "capture")
@@ -107,9 +106,10 @@ def test_an_array_shares_the_shards_and_makes_up_for_tasks_that_are_killed_or_pr
     shown = {row.id: row.state for row in read_status(run).jobs if row.kind == "capture"}
     assert shown == {f"{array.id}_0": "done", f"{array.id}_1": "failed", f"{array.id}_2": "done"}
     assert not run.halt.exists()
-    assert "the teacher's cache is complete" in train_sh(*arguments).stdout
+    assert "the teacher's cache is complete" in quick_train(*arguments).stdout
 
-    answer = train_sh("run", *arguments[1:])  # the rest of the chain: blocks that learn from it, and their evaluation
+    # The rest of the chain: blocks that learn from it, and their evaluation.
+    answer = quick_train("run", *arguments[1:])
     assert answer.returncode == 0, answer.stdout + answer.stderr
     wait_until(run.done.exists, seconds=240)
     assert [job.kind for job in Journal.open(run).jobs] == ["prepare", "capture", "block", "block", "evaluate"]
@@ -133,14 +133,13 @@ def test_a_submission_cut_off_around_the_array_makes_no_second_one(
     sbatch = shutil.which("sbatch")
     wrapper.write_text(f'#!/bin/sh\n{sbatch} "$@"; grep -q -- --array "$1" && kill -9 $PPID\n')
     wrapper.chmod(0o755)
-    arguments = [str(PROJECT / "train.sh"), TEST_YAML, *options(tmp_path, teacher, *NOT_NOW)]
-    environment = os.environ | {"PATH": f"{wrapper.parent}:{os.environ['PATH']}"}
-    killed = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60)
+    arguments = [TEST_YAML, *options(tmp_path, teacher, *NOT_NOW)]
+    killed = quick_train(*arguments, environment={**os.environ, "PATH": f"{wrapper.parent}:{os.environ['PATH']}"})
     assert killed.returncode == -9, killed.stdout + killed.stderr
     run = RunFolder(tmp_path / "runs/test")
     assert "run the file again to finish it" in read_status(run).detail
 
-    again = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    again = quick_train(*arguments)
     assert again.returncode == 0, again.stderr
     jobs = Journal.open(run).jobs
     assert [job.kind for job in jobs] == ["prepare", "capture", "block", "block", "evaluate"]
@@ -148,7 +147,7 @@ def test_a_submission_cut_off_around_the_array_makes_no_second_one(
     assert all((run.logs / f"{jobs[1].id}_{task}_submitted.pkl").exists() for task in range(3))
     waits_for = slurm.run("squeue", "--noheader", f"--jobs={jobs[2].id}", "--format=%E")
     assert waits_for == f"afterany:{jobs[1].id}_*(unfulfilled)"
-    third = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    third = quick_train(*arguments)
     assert "already queued: prepare" in third.stdout
 
 

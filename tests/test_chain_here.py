@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from jobs.config import PROJECT
 from training.checkpoints import newest_valid
 from training.run_folder import RunFolder
 
+RunCommand = Callable[..., subprocess.CompletedProcess[str]]
 TEST_YAML = str(PROJECT / "configs/test.yaml")
 
 
@@ -29,12 +30,9 @@ def here(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def finished(project_copy: Path) -> RunFolder:
     """configs/test.yaml, trained as the README says."""
-    folder = tmp_path_factory.mktemp("finished")
-    answer = train_sh(TEST_YAML, *here(folder))
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    return RunFolder(folder / "runs/test")
+    return RunFolder(project_copy / "runs/test")
 
 
 def test_the_first_command_of_the_readme_learns_and_evaluates(finished: RunFolder) -> None:
@@ -58,27 +56,29 @@ def test_the_run_folder_tells_what_was_run(finished: RunFolder) -> None:
     assert "batch_size: 4" in finished.config.read_text()
 
 
-def test_a_finished_run_says_so_and_trains_no_more(finished: RunFolder) -> None:
+def test_a_finished_run_says_so_and_trains_no_more(finished: RunFolder, in_copy: RunCommand) -> None:
     before = finished.evaluation.stat().st_mtime_ns
-    answer = train_sh(TEST_YAML, *here(finished.path.parent.parent))
+    answer = in_copy("./train.sh configs/test.yaml")
     assert answer.returncode == 0
     assert "run test is finished" in answer.stdout
     assert finished.evaluation.stat().st_mtime_ns == before
 
 
-def test_a_run_made_before_a_setting_existed_is_still_the_same_run(finished: RunFolder) -> None:
+def test_a_run_made_before_a_setting_existed_is_still_the_same_run(finished: RunFolder, in_copy: RunCommand) -> None:
     stored = finished.config.read_text()
     older = stored.replace("  mask_rationale: false\n", "")
     assert older != stored
     finished.config.write_text(older)
-    answer = train_sh(TEST_YAML, *here(finished.path.parent.parent))
+    answer = in_copy("./train.sh configs/test.yaml")
     finished.config.write_text(stored)
     assert answer.returncode == 0
     assert "run test is finished" in answer.stdout
 
 
-def test_other_settings_under_the_same_name_are_refused_with_what_changed(finished: RunFolder) -> None:
-    answer = train_sh(TEST_YAML, *here(finished.path.parent.parent), "--training.lr", "1e-4")
+def test_other_settings_under_the_same_name_are_refused_with_what_changed(
+    finished: RunFolder, in_copy: RunCommand
+) -> None:
+    answer = in_copy("./train.sh configs/test.yaml", "--training.lr", "1e-4")
     assert answer.returncode == 64
     assert "training.lr: 0.003 -> 0.0001" in answer.stderr
     assert "--name" in answer.stderr
@@ -101,11 +101,11 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_killed_command_goes_on_where_it_was_and_runs_only_once_at_a_time(tmp_path: Path) -> None:
-    arguments = [str(PROJECT / "train.sh"), TEST_YAML, *here(tmp_path)]
+    arguments = [TEST_YAML, *here(tmp_path), "--training.total_jobs", "2", "--training.epochs_per_job", "1"]
     run = RunFolder(tmp_path / "runs/test")
-    first = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, start_new_session=True)
+    first = subprocess.Popen([PROJECT / "train.sh", *arguments], stdout=subprocess.DEVNULL, start_new_session=True)
     wait_for(lambda: any(event["event"] == "block_end" for event in run.events()), seconds=120)
-    rival = train_sh(TEST_YAML, *here(tmp_path))
+    rival = train_sh(*arguments)
     assert "is being worked on by process" in rival.stderr
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
@@ -113,7 +113,7 @@ def test_a_killed_command_goes_on_where_it_was_and_runs_only_once_at_a_time(tmp_
 
     status = json.loads(train_sh("status", str(run.path), "--json").stdout)
     assert status["state"] == "unfinished"
-    second = train_sh(TEST_YAML, *here(tmp_path))
+    second = train_sh(*arguments)
     assert second.returncode == 0, second.stdout + second.stderr
     resumed = [event["step"] for event in run.events() if event["event"] == "resumed"]
     assert resumed and resumed[0] > 0

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -378,6 +379,7 @@ def test_a_writer_that_is_killed_costs_no_more_than_the_shard_it_was_at(make_run
     writer.start()
     while len(done := list((own_data / "features").rglob("*.done"))) < 2:
         assert writer.is_alive()
+        time.sleep(0.005)
     writer.kill()
     writer.join()
     written = {marker: marker.stat().st_mtime_ns for marker in done}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tiny_chains import TINY, folders, train_sh
+from tiny_chains import TINY, folders, quick_train
 from tiny_teachers import make_teacher
 
 from jobs.config import PROJECT
@@ -26,7 +26,7 @@ def test_a_chain_writes_the_features_trains_two_blocks_on_them_and_measures_the_
     target = make_teacher(tmp_path / "target")
     options = ["--model.name", str(target), "--eagle3.features", "cached", "--training.total_jobs", "2"]
     tiny = [*TINY, "--evaluation.limit", "2", "--evaluation.max_new_tokens", "8", "--dataset.max_length", "128"]
-    answer = train_sh(str(PROJECT / "configs/eagle3_test.yaml"), *tiny, *options, *folders(tmp_path), "--wait")
+    answer = quick_train(str(PROJECT / "configs/eagle3_test.yaml"), *tiny, *options, *folders(tmp_path), "--wait")
     run = RunFolder(tmp_path / "runs/eagle3_test")
     logs = "\n".join(path.read_text() for path in run.logs.glob("*_log.out"))
     assert answer.returncode == 0, answer.stdout + answer.stderr + logs

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_chains import quick_train
 
 from jobs.chain import Journal
 from jobs.config import PROJECT
@@ -50,11 +51,11 @@ class Chain:
 
     run: RunFolder
     slurm: SlurmCluster
-    command: list[str]
+    arguments: list[str]
 
     def submit(self) -> None:
         """Start the chain, or go on with it."""
-        answer = subprocess.run(self.command, capture_output=True, text=True, timeout=120)
+        answer = quick_train(*self.arguments)
         assert answer.returncode == 0, answer.stdout + answer.stderr
 
     def events(self, name: str) -> list[dict[str, Any]]:
@@ -106,9 +107,9 @@ class Chain:
 def new_chain(slurm: SlurmCluster, folder: Path, **changes: str) -> Chain:
     """A chain of two blocks; all share the prepared data, which lies beside the cluster."""
     settings = {**SETTINGS, "runs_dir": str(folder / "runs"), "data_dir": str(slurm.folder / "data"), **changes}
-    command = [str(PROJECT / "train.sh"), str(PROJECT / "configs/test.yaml")]
-    command += [word for key, value in settings.items() for word in (f"--{key}", value)]
-    return Chain(RunFolder(folder / "runs/test"), slurm, command)
+    arguments = [str(PROJECT / "configs/test.yaml")]
+    arguments += [word for key, value in settings.items() for word in (f"--{key}", value)]
+    return Chain(RunFolder(folder / "runs/test"), slurm, arguments)
 
 
 def uninterrupted(slurm: SlurmCluster, folder: Path, **changes: str) -> dict[str, torch.Tensor]:

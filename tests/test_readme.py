@@ -5,36 +5,22 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from jobs.config import PROJECT
-from jobs.snapshot import snapshot_code
 
+RunCommand = Callable[..., subprocess.CompletedProcess[str]]
 README = (PROJECT / "README.md").read_text()
+ONE_SHORT_BLOCK = ["--training.epochs_per_job", "1", "--training.total_jobs", "1"]
 
 
 def commands() -> list[str]:
     """Lines and inline snippets of the README that call a script of the project, without their comments."""
     found = re.findall(r"^    (\./\S.*?)(?:\s{2,}#.*)?$|`(\./[^`]+)`", README, re.MULTILINE)
     return list(dict.fromkeys((block or inline).strip() for block, inline in found))
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project as a user gets it, where `runs/` and `data/` are its own."""
-    folder = tmp_path_factory.mktemp("readme") / "baton"
-    snapshot_code(folder, PROJECT / "datasets/test_dataset.py")
-    return folder
-
-
-def run(copy: Path, command: str, *more: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"BATON_VENV": os.environ.get("BATON_VENV", str(PROJECT / ".venv"))}
-    environment.pop("SLURM_CONF", None)
-    return subprocess.run(
-        [*command.split(), *more], cwd=copy, env=environment, capture_output=True, text=True, timeout=240
-    )
 
 
 def test_the_readme_is_short_and_every_command_in_it_has_a_test() -> None:
@@ -71,68 +57,66 @@ def test_the_readme_is_short_and_every_command_in_it_has_a_test() -> None:
     assert os.access(PROJECT / "tests/run", os.X_OK)
 
 
-def test_the_first_command_trains(copy: Path) -> None:
-    answer = run(copy, "./train.sh configs/test.yaml")
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert (copy / "runs/test/DONE").exists()
+def test_the_first_command_trains(project_copy: Path) -> None:
+    assert (project_copy / "runs/test/DONE").exists()
 
 
-def test_the_model_of_the_first_command_teaches_another(copy: Path) -> None:
-    answer = run(copy, "./train.sh configs/distillation_test.yaml", "--training.epochs_per_job", "1")
+def test_the_model_of_the_first_command_teaches_another(project_copy: Path, in_copy: RunCommand) -> None:
+    answer = in_copy("./train.sh configs/distillation_test.yaml", *ONE_SHORT_BLOCK)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert (copy / "runs/distillation_test/DONE").exists()
+    assert (project_copy / "runs/distillation_test/DONE").exists()
     assert "student before" in answer.stdout
 
 
-def test_the_model_of_the_first_command_gets_a_draft_head(copy: Path) -> None:
-    answer = run(copy, "./train.sh configs/eagle3_test.yaml", "--training.epochs_per_job", "1")
+def test_the_model_of_the_first_command_gets_a_draft_head(project_copy: Path, in_copy: RunCommand) -> None:
+    answer = in_copy("./train.sh configs/eagle3_test.yaml", *ONE_SHORT_BLOCK)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert (copy / "runs/eagle3_test/export/model.safetensors").exists()
+    assert (project_copy / "runs/eagle3_test/export/model.safetensors").exists()
 
 
-def test_the_draft_of_a_served_model_is_checked(copy: Path) -> None:
+def test_the_draft_of_a_served_model_is_checked(in_copy: RunCommand) -> None:
     at_hand = ["--model.name", "runs/test/export", "--eagle3.layers", "[0, 1, 2]", "--cluster", "local"]
-    answer = run(copy, "./train.sh check configs/eagle3.yaml", *at_hand)
+    answer = in_copy("./train.sh check configs/eagle3.yaml", *at_hand)
     assert answer.returncode == 0, answer.stderr
     assert "memory of each device" in answer.stdout
 
 
-def test_an_example_learns_from_preferences(copy: Path) -> None:
+def test_an_example_learns_from_preferences(in_copy: RunCommand) -> None:
     few = ["--dataset.num_rows", "30", "--training.epochs_per_job", "1", "--cluster", "local"]
-    answer = run(copy, "./train.sh configs/examples/dpo.yaml", *few)
+    answer = in_copy("./train.sh configs/examples/dpo.yaml", *few)
     assert answer.returncode == 0, answer.stderr
     assert "accuracy" in answer.stdout
 
 
 @pytest.mark.parametrize("verb", ["plan", "doctor", "capture"])
-def test_a_teacher_is_planned_for_examined_and_captured(copy: Path, verb: str) -> None:
+def test_a_teacher_is_planned_for_examined_and_captured(in_copy: RunCommand, verb: str) -> None:
     at_hand = ["--distillation.teacher_model.name", "runs/test/export", "--model.name", "configs/models/tiny"]
     here = ["--model.from_scratch", "true", "--dataset.mixture", "configs/mixtures/toy.yaml", "--cluster", "local"]
-    answer = run(copy, f"./train.sh {verb} configs/distillation.yaml", *at_hand, *here)
+    answer = in_copy(f"./train.sh {verb} configs/distillation.yaml", *at_hand, *here, "--dataset.limit", "40")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "teacher" in answer.stdout
 
 
-def test_the_cluster_command_is_checked_and_planned(copy: Path) -> None:
+def test_the_cluster_command_is_checked_and_planned(in_copy: RunCommand) -> None:
     command = "./train.sh configs/gsm8k.yaml --slurm.partition gpu --slurm.gpus_per_node 4"
-    answer = run(copy, command, "--dry-run", "--cluster", "local")
+    answer = in_copy(command, "--dry-run", "--cluster", "local")
     assert answer.returncode == 0, answer.stderr
     assert "run gsm8k" in answer.stdout
 
 
-def test_the_recipe_of_the_readme_is_planned_and_checked(copy: Path) -> None:
+def test_the_recipe_of_the_readme_is_planned_and_checked(in_copy: RunCommand) -> None:
     recipe = "configs/mixtures/toy.yaml"
-    planned = run(copy, f"./train.sh prepare {recipe} --dry-run")
+    planned = in_copy(f"./train.sh prepare {recipe} --dry-run")
     assert planned.returncode == 0, planned.stderr
-    checked = run(copy, f"./train.sh check configs/test.yaml --name mixed --dataset.mixture {recipe}")
+    checked = in_copy(f"./train.sh check configs/test.yaml --name mixed --dataset.mixture {recipe}")
     assert checked.returncode == 0, checked.stderr
 
 
-def test_status_and_logs_of_a_run(copy: Path) -> None:
-    assert "done" in run(copy, "./train.sh status test").stdout
-    assert run(copy, "./train.sh logs test").returncode == 0
-    assert run(copy, "./train.sh report test").stdout.strip().endswith("runs/test/report.html")
-    unknown = run(copy, "./train.sh status gsm8k")
+def test_status_and_logs_of_a_run(in_copy: RunCommand) -> None:
+    assert "done" in in_copy("./train.sh status test").stdout
+    assert in_copy("./train.sh logs test").returncode == 0
+    assert in_copy("./train.sh report test").stdout.strip().endswith("runs/test/report.html")
+    unknown = in_copy("./train.sh status gsm8k")
     assert unknown.returncode == 64
     assert "no run gsm8k" in unknown.stderr
 
@@ -140,44 +124,44 @@ def test_status_and_logs_of_a_run(copy: Path) -> None:
 @pytest.mark.parametrize(
     "command", ["stop gsm8k", "cancel gsm8k", "resume gsm8k", "extend gsm8k --jobs 2 --lr-policy rewarm"]
 )
-def test_verbs_that_steer_a_run_name_the_runs_there_are(copy: Path, command: str) -> None:
-    answer = run(copy, f"./train.sh {command}")
+def test_verbs_that_steer_a_run_name_the_runs_there_are(in_copy: RunCommand, command: str) -> None:
+    answer = in_copy(f"./train.sh {command}")
     assert answer.returncode == 64
     assert "no run gsm8k" in answer.stderr and "test" in answer.stderr
 
 
-def test_the_doctor_looks_at_this_machine(copy: Path) -> None:
-    answer = run(copy, "./train.sh doctor configs/gsm8k.yaml", "--model.name", "configs/models/tiny")
+def test_the_doctor_looks_at_this_machine(in_copy: RunCommand) -> None:
+    answer = in_copy("./train.sh doctor configs/gsm8k.yaml", "--model.name", "configs/models/tiny")
     assert answer.returncode in (0, 1), answer.stderr
     assert "Slurm" in answer.stdout and "disk" in answer.stdout
 
 
 @pytest.mark.parametrize("verb", ["check", "plan", "check-dataset"])
-def test_verbs_on_a_file(copy: Path, verb: str) -> None:
-    answer = run(copy, f"./train.sh {verb} configs/test.yaml")
+def test_verbs_on_a_file(in_copy: RunCommand, verb: str) -> None:
+    answer = in_copy(f"./train.sh {verb} configs/test.yaml")
     assert answer.returncode == 0, answer.stderr
 
 
-def test_the_list_of_datasets(copy: Path) -> None:
-    assert "gsm8k" in run(copy, "./train.sh datasets").stdout
+def test_the_list_of_datasets(in_copy: RunCommand) -> None:
+    assert "gsm8k" in in_copy("./train.sh datasets").stdout
 
 
-def test_the_dataset_module_of_the_readme_trains(copy: Path) -> None:
+def test_the_dataset_module_of_the_readme_trains(project_copy: Path, in_copy: RunCommand) -> None:
     text = re.search(r"(       def get_custom_dataset.*?)\n\n", README, re.DOTALL)
     assert text is not None
     module = "\n".join(line[7:] for line in text[1].splitlines()).replace(", ...]", "] * 10")
-    (copy / "datasets/mine.py").write_text(module)
-    answer = run(copy, "./train.sh prepare configs/test.yaml", "--dataset.name", "mine")
+    (project_copy / "datasets/mine.py").write_text(module)
+    answer = in_copy("./train.sh prepare configs/test.yaml", "--dataset.name", "mine")
     assert answer.returncode == 0, answer.stderr
     assert "8 rows" in answer.stdout
 
 
-def test_the_yaml_of_the_readme_is_read(copy: Path) -> None:
+def test_the_yaml_of_the_readme_is_read(project_copy: Path, in_copy: RunCommand) -> None:
     text = re.search(r"^    dataset:\n.*?gpus_per_node: 1$", README, re.DOTALL | re.MULTILINE)
     assert text is not None
     yaml = "\n".join(line[4:] for line in text[0].splitlines())
-    (copy / "configs/readme.yaml").write_text(yaml.replace("meta-llama/Llama-3.2-1B", "configs/models/tiny"))
-    answer = run(copy, "./train.sh check configs/readme.yaml", "--cluster", "local")
+    (project_copy / "configs/readme.yaml").write_text(yaml.replace("meta-llama/Llama-3.2-1B", "configs/models/tiny"))
+    answer = in_copy("./train.sh check configs/readme.yaml", "--cluster", "local")
     assert answer.returncode == 0, answer.stderr
 
 

@@ -6,15 +6,14 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tiny_chains import TINY, checked_run, folders, queued_names, train_sh
+from tiny_chains import TINY, checked_run, folders, queued_names, quick_train, train_sh
 
-from jobs import launch
+from jobs import launch, submission
 from jobs.chain import Journal
 from jobs.config import PROJECT
 from jobs.plan import plan_run
@@ -30,8 +29,9 @@ pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture
-def waiting_partition(slurm: SlurmCluster) -> Iterator[SlurmCluster]:
-    """The cluster, with a partition that takes jobs and starts none."""
+def waiting_partition(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
+    """The cluster, with a partition that takes jobs and starts none; submissions trust the controller to live."""
+    monkeypatch.setattr(submission, "SETTLE_S", 0.2)
     slurm.run("scontrol", "update", "partition=gpucluster", "state=DOWN")
     yield slurm
     slurm.run("scontrol", "update", "partition=gpucluster", "state=UP")
@@ -55,7 +55,7 @@ def test_a_chain_over_two_nodes_finishes_and_learns(slurm: SlurmCluster, tmp_pat
 
 def test_a_block_has_one_process_for_each_gpu_it_asked_for(slurm: SlurmCluster, tmp_path: Path) -> None:
     arguments = [str(PROJECT / "configs/test.yaml"), *TINY, *folders(tmp_path), "--training.total_jobs", "1"]
-    answer = train_sh(*arguments, "--slurm.gpus_per_node", "2", "--slurm.cpus_per_task", "1", "--wait")
+    answer = quick_train(*arguments, "--slurm.gpus_per_node", "2", "--slurm.cpus_per_task", "1", "--wait")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     run = RunFolder(tmp_path / "runs/test")
     logs = sorted(path.name for path in run.logs.glob("*_log.out"))
@@ -71,11 +71,11 @@ def test_a_second_call_names_the_queued_jobs_and_submits_nothing(
     waiting_partition: SlurmCluster, tmp_path: Path
 ) -> None:
     arguments = [str(PROJECT / "configs/test.yaml"), *TINY, *folders(tmp_path)]
-    first = train_sh(*arguments)
+    first = quick_train(*arguments)
     assert first.returncode == 0, first.stderr
     before = queued_names(waiting_partition)
     assert len(before) == 5  # prepare, three blocks, evaluate
-    second = train_sh(*arguments)
+    second = quick_train(*arguments)
     assert "already queued: prepare" in second.stdout
     assert queued_names(waiting_partition) == before
 
@@ -86,7 +86,7 @@ def test_a_run_with_queued_jobs_is_not_extended(waiting_partition: SlurmCluster,
     run = launch.open_run_folder(checked, plan.data_key, print)
     jobs = launch.submit(run, checked, plan, print).queued
     settings = run.config.read_text()
-    answer = train_sh("extend", str(run.path), "--jobs", "1", "--lr-policy", "rewarm")
+    answer = quick_train("extend", str(run.path), "--jobs", "1", "--lr-policy", "rewarm")
     assert answer.returncode == 64
     assert f"run test still has jobs: {jobs[0].id} (pending), {jobs[1].id} (pending)" in answer.stderr
     assert run.config.read_text() == settings
@@ -134,13 +134,12 @@ def test_a_submission_killed_after_sbatch_answered_is_found_again(
     wrapper.parent.mkdir()
     wrapper.write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@" && kill -9 $PPID\n')
     wrapper.chmod(0o755)
-    arguments = [str(PROJECT / "train.sh"), str(PROJECT / "configs/test.yaml"), *TINY, *folders(tmp_path)]
-    environment = os.environ | {"PATH": f"{wrapper.parent}:{os.environ['PATH']}"}
-    killed = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60)
+    arguments = [str(PROJECT / "configs/test.yaml"), *TINY, *folders(tmp_path)]
+    killed = quick_train(*arguments, environment={**os.environ, "PATH": f"{wrapper.parent}:{os.environ['PATH']}"})
     assert killed.returncode == -9
     assert len(queued_names(waiting_partition)) == 1
 
-    again = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    again = quick_train(*arguments)
     assert again.returncode == 0, again.stderr
     names = queued_names(waiting_partition)
     assert len(names) == len(set(names)) == 5
@@ -153,7 +152,7 @@ def test_a_submission_killed_after_sbatch_answered_is_found_again(
 def test_bad_data_halts_the_whole_chain_with_its_reason(slurm: SlurmCluster, tmp_path: Path) -> None:
     module = tmp_path / "empty.py"
     module.write_text("def get_custom_dataset(dataset_config, processor, split):\n    return []\n")
-    answer = train_sh(
+    answer = quick_train(
         str(PROJECT / "configs/test.yaml"), *TINY[4:], *folders(tmp_path), "--dataset.name", "empty",
         "--dataset.file", str(module), "--training.total_jobs", "1", "--wait",
     )  # fmt: skip
@@ -174,6 +173,6 @@ def test_bad_data_halts_the_whole_chain_with_its_reason(slurm: SlurmCluster, tmp
 def test_what_the_cluster_can_never_give_is_told_before_the_queue(
     slurm: SlurmCluster, tmp_path: Path, overrides: list[str], told: str
 ) -> None:
-    answer = train_sh("check", str(PROJECT / "configs/test.yaml"), *TINY, *folders(tmp_path), *overrides)
+    answer = quick_train("check", str(PROJECT / "configs/test.yaml"), *TINY, *folders(tmp_path), *overrides)
     assert answer.returncode == 64
     assert told in answer.stderr

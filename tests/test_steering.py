@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tiny_chains import checked_run, queued_names, train_sh
+from tiny_chains import checked_run, queued_names, quick_train, train_sh
 
-from jobs import launch
+from jobs import launch, submission
 from jobs.config import PROJECT, read_resolved_config
 from jobs.plan import plan_run
 from jobs.queue import SlurmError
@@ -52,7 +52,7 @@ def folders(tmp_path: Path, data_dir: Path) -> list[str]:
 
 def succeeds(*arguments: str) -> str:
     """What a command says that has to succeed."""
-    answer = train_sh(*arguments)
+    answer = quick_train(*arguments)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return answer.stdout
 
@@ -176,8 +176,9 @@ def test_a_job_that_prepares_data_ends_when_the_run_is_stopped(slurm: SlurmClust
 
 
 @pytest.fixture
-def waiting_partition(slurm: SlurmCluster) -> Iterator[SlurmCluster]:
-    """The cluster, with a partition that takes jobs and starts none."""
+def waiting_partition(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
+    """The cluster, with a partition that takes jobs and starts none; submissions trust the controller to live."""
+    monkeypatch.setattr(submission, "SETTLE_S", 0.2)
     slurm.run("scontrol", "update", "partition=gpucluster", "state=DOWN")
     yield slurm
     slurm.run("scontrol", "update", "partition=gpucluster", "state=UP")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from submitit.core.utils import DelayedSubmission
-from tiny_chains import TINY, checked_run, folders, train_sh
+from tiny_chains import TINY, checked_run, folders, quick_train
 
 from jobs import launch, queue, submission
 from jobs.chain import Journal
@@ -35,14 +35,6 @@ pytestmark = pytest.mark.cluster
 
 NOT_NOW = [*TINY, "--slurm.extra.begin", "now+1hour"]
 WHOLE_CHAIN = ["prepare", "block", "block", "block", "evaluate"]
-
-# The real command line, except that it trusts the controller to live for the seconds after a submission.
-QUICK_TRAIN = """
-import sys
-from jobs import __main__, submission
-submission.SETTLE_S = 0.2
-sys.exit(__main__.main(sys.argv[1:]))
-"""
 
 # Stands in for one of Slurm's commands, and at its Nth call with this first argument kills the process that called.
 TREACHEROUS = """#!/bin/bash
@@ -68,11 +60,8 @@ def start_run(tmp_path: Path) -> Callable[..., Outcome]:
     return lambda report=print: launch.submit(run, checked, plan, report)
 
 
-def quick_train(tmp_path: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", QUICK_TRAIN, str(PROJECT / "configs/test.yaml"), *NOT_NOW, *folders(tmp_path)]
-    return subprocess.run(
-        command, env=environment | {"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True, timeout=60
-    )
+def command_line(tmp_path: Path) -> list[str]:
+    return [str(PROJECT / "configs/test.yaml"), *NOT_NOW, *folders(tmp_path)]
 
 
 def assert_whole(slurm: SlurmCluster, run: RunFolder, kinds: list[str] = WHOLE_CHAIN) -> None:
@@ -118,13 +107,15 @@ def test_a_submitter_killed_at_any_point_is_made_good_by_the_next(
         TREACHEROUS.format(command=shutil.which(command), argument=argument, number=number, moment=moment, calls=calls)
     )
     wrapper.chmod(0o755)
-    killed = quick_train(tmp_path, os.environ | {"PATH": f"{wrapper.parent}:{os.environ['PATH']}"})
+    killed = quick_train(
+        *command_line(tmp_path), environment={**os.environ, "PATH": f"{wrapper.parent}:{os.environ['PATH']}"}
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
     run = RunFolder(tmp_path / "runs/test")
     is_held = "JobHeldUser" in slurm.run("squeue", "--noheader", "--format=%r")
     assert ("run the file again to finish it" in read_status(run).detail) is is_held
 
-    again = quick_train(tmp_path, dict(os.environ))
+    again = quick_train(*command_line(tmp_path))
     assert again.returncode == 0, again.stdout + again.stderr
     assert_whole(slurm, run)
 
@@ -182,7 +173,7 @@ def test_a_controller_that_stays_away_is_given_up_and_the_next_call_goes_on(
 
 
 def test_two_calls_at_once_submit_one_chain(slurm: SlurmCluster, tmp_path: Path) -> None:
-    command = [PROJECT / "train.sh", PROJECT / "configs/test.yaml", *NOT_NOW, *folders(tmp_path)]
+    command = [PROJECT / "train.sh", *command_line(tmp_path)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
@@ -233,7 +224,7 @@ def at_most_two_jobs(slurm: SlurmCluster) -> Iterator[SlurmCluster]:
 
 def test_a_chain_longer_than_the_limit_on_jobs_tops_itself_up(at_most_two_jobs: SlurmCluster, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "runs/test")
-    answer = train_sh(
+    answer = quick_train(
         str(PROJECT / "configs/test.yaml"), *TINY, *folders(tmp_path), "--training.total_jobs", "1", "--wait",
     )  # fmt: skip
     logs = "\n".join(path.read_text() for path in run.logs.glob("*_log.out"))

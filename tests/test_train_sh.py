@@ -7,6 +7,7 @@ holds one tiny wheel; so nothing is downloaded.
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,9 +137,8 @@ def test_the_environment_can_be_elsewhere(tmp_path: Path) -> None:
     assert not (project / ".venv").exists()
 
 
-def test_a_changed_lock_updates_the_environment_without_making_it_again(tmp_path: Path) -> None:
-    project = write_project(tmp_path / "project")
-    train(project / "train.sh", cwd=tmp_path)
+def test_a_changed_lock_updates_the_environment_without_making_it_again(project: Path, tmp_path: Path) -> None:
+    project = shutil.copytree(project, tmp_path / "project", symlinks=True)
     write_lock(project, "2.0")
     done = train(project / "train.sh", cwd=tmp_path)
     assert started(done)["version"] == "2.0"
