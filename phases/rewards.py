@@ -74,17 +74,24 @@ def build_loss(run: FinetuningRun, model: torch.nn.Module, *, step: int) -> Onli
     """`compute_loss`, after `step` optimizer steps of the chain: what answers and what rewards."""
     from mixture.prompts import PromptRows
     from rewarding.online import OnlineLoss
-    from rewarding.rewards import build_rewards
 
     config = settings_of(run)
     return OnlineLoss(
         config,
         build_writer(run, model),
-        build_rewards(config, run.module, device_of_process()),
+        build_rewards(run),
         PromptRows(run.prepared, "train"),
         build_reference(run, model, temperature=config.temperature) if config.has_reference else None,
         step,
     )
+
+
+def build_rewards(run: FinetuningRun) -> Rewards:
+    """What says what answers are worth."""
+    from rewarding import rewards
+
+    unprotected = run.evaluation.unprotected_code
+    return rewards.build_rewards(settings_of(run), run.module, device_of_process(), unprotected=unprotected)
 
 
 def build_writer(run: FinetuningRun, model: Any) -> Writer:
@@ -118,13 +125,12 @@ def block_scores(run: FinetuningRun, trainer: BlockTrainer) -> dict[str, float]:
 
 def scores(run: FinetuningRun, checkpoint: Checkpoint, ranks: Ranks) -> dict[str, Any]:
     """Mean rewards before and after, by source in `models`, and answers where the module scores."""
-    from rewarding.rewards import build_rewards
     from training.evaluation import as_json
 
     found: dict[str, Any] = {}
     model: Any = build_model(run, checkpoint).to(device_of_process())
     if has_held_out_prompts(run):
-        rewards = build_rewards(settings_of(run), run.module, device_of_process())
+        rewards = build_rewards(run)
         first = build_writer(run, build_model(run, None).to(device_of_process()))
         before, _ = held_out_rewards(run, first, rewards, ranks)
         del first  # two models at once are enough
