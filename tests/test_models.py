@@ -90,6 +90,11 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(tiny_mode
         build_model(model, seed=1)
 
 
+def test_a_vision_tower_that_rows_of_texts_do_not_train_is_refused(base: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.train_vision: the rows hold no images"):
+        build_model(ModelConfig(name=str(base), train_vision=True), seed=0)
+
+
 def test_unknown_adapter_layers_are_refused_with_the_layers_there_are(base: Path) -> None:
     config = ModelConfig(name=str(base), peft=True, lora=LoraConfig(target_modules=["query"]))
     with pytest.raises(ValueError, match=r"model.lora: .*\n.*q_proj"):

@@ -89,6 +89,10 @@ def build_model(
     if reads_images:
         require_image_text(model, config)
         auto_class, model = AutoModelForImageTextToText, with_padded_attention(model)
+    elif model.train_vision is not None:
+        raise ValueError(
+            f"model.train_vision: the rows hold no images, so what sees of {model.name} is never trained; leave it out"
+        )
     set_seed(seed)
     if checkpoint and not model.peft:
         trained = replace(model, name=str(checkpoint), revision=None, adapters=[])
