@@ -364,8 +364,7 @@ def write_image_splits(
     """Write rows with images, each a pack of its own."""
     from mixture.image_preparation import ImageSplitWriter, check_settings
 
-    if request.mixture is not None:
-        raise ValueError(f"{request.module}: a mixture cannot stand beside rows with images")
+    assert request.mixture is None, "answers are written to texts only, so no mixture of them stands beside images"
     check_settings(request.objective, request.dataset)
     with ImageSplitWriter(request, processor, folder, workers) as writer:
         for name, split in (("train", rows.train), ("test", rows.test)):
