@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from phases import texts
 from phases.texts import compute_loss
 from training.block import (
     BlockStart,
@@ -70,10 +71,7 @@ def with_unused_parameters(run: FinetuningRun) -> FinetuningRun:
 
 def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module:
     """The model as the chain left it, or as it begins. Its forward pass returns the loss."""
-    from training import models
-
-    checkpoint = start.path if start else None
-    return models.build_model(run.model, seed=run.seed, checkpoint=checkpoint, reads_images=True)
+    return texts.build_model(run, start, reads_images=True)
 
 
 def build_processor(run: FinetuningRun) -> ProcessorMixin:
