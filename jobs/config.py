@@ -369,6 +369,14 @@ def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
                 "name what they made as the model",
             )
         )
+    if config.model.train_vision is not None and (config.trainer, config.objective) != ("finetuning", "sft"):
+        problems.append(
+            Problem(
+                tree.place(("model", "train_vision")),
+                "model.train_vision is read where rows with images are learned, by trainer: finetuning with "
+                "finetuning.objective: sft alone; leave it out",
+            )
+        )
     if not config.model.peft:
         for key in ("lora", "peft_method", "adapter", "experts"):
             if tree.values["model"].get(key) is not None:

@@ -8,12 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mixture.dataset_modules import ModuleFile, defined_names, parse_module
+from mixture.dataset_modules import REWARD_FUNCTION, SCORE_FUNCTION, ModuleFile, defined_names, parse_module
 from training.adapter_options import EXPERTS, is_prompt_method
 from training.config import FinetuningConfig, ModelConfig, TrainingConfig
 from training.online_config import OnlineConfig, RewardSource
-
-REWARD_FUNCTIONS = ("reward", "score")
 
 FindModel = Callable[[str, str | None, Path], str]
 
@@ -31,12 +29,11 @@ def online_contradictions(
             f"dataset.packing: finetuning.objective {online.section} asks one prompt a row, and packs the answers "
             "itself; leave the key out"
         )
-    for key in ("fsdp", "deepspeed"):
-        if training.arguments.get(key):
-            messages[f"training.arguments.{key}"] = (
-                f"training.arguments.{key}: a model whose weights are spread over processes cannot write answers here, "
-                f"which finetuning.objective {online.section} needs; leave it out"
-            )
+    if training.parallelism != "ddp":
+        messages["training.parallelism"] = (
+            f"training.parallelism: a model that {training.parallelism} spreads over processes cannot write answers "
+            f"here, which finetuning.objective {online.section} needs; use ddp"
+        )
     if model.peft and (model.peft_method in (EXPERTS, "adalora") or is_prompt_method(model.peft_method)):
         messages["model.peft_method"] = (
             f"model.peft_method: {model.peft_method} does not learn from rewards; use lora, or "
@@ -87,7 +84,7 @@ def refuse_mixture() -> None:
 def require_reward(module: ModuleFile) -> None:
     """Raise ValueError unless the module's text defines what rewards answers."""
     names, complete = defined_names(parse_module(module.path).body)
-    if complete and not any(name in names for name in REWARD_FUNCTIONS):
+    if complete and not any(name in names for name in (REWARD_FUNCTION, SCORE_FUNCTION)):
         raise ValueError(
             f"{module.path} has no function reward; add reward(prompt_messages, answer, row) -> float to it, or "
             "score(prediction, row) -> float, or use kind: model or kind: judge"

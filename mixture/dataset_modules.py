@@ -25,6 +25,7 @@ Report = Callable[[str], None]
 DATASET_FUNCTION = "get_custom_dataset"
 COLLATOR_FUNCTION = "get_data_collator"
 SCORE_FUNCTION = "score"
+REWARD_FUNCTION = "reward"
 SCORE_NAME = "SCORE_NAME"
 SCORE_IN_THREADS = "SCORE_IN_THREADS"
 

@@ -27,6 +27,7 @@ from mixture.formats import NoExchangeError, Sample, canonical_sample, detect_fo
 from mixture.image_rows import without_decoding
 from mixture.packing import packs_of_units, single_packs, staged_packs
 from mixture.preferences import ROWS_PER_UNIT, is_preference, renderer_for
+from mixture.processors import find_processor
 from mixture.prompts import PromptWriter
 from mixture.render import OVER_LENGTH_DEFAULT, Objective, generation_prompt
 from mixture.shards import TokenWriter, write_packs
@@ -44,8 +45,6 @@ READ_BYTES = 1 << 20
 REPORT_EVERY_SECONDS = 30
 STALE_AFTER_SECONDS = 24 * 3600
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".py")
-
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 MIXTURE_KEY = re.compile("[0-9a-f]{16}")
 
@@ -364,8 +363,7 @@ def write_image_splits(
     """Write rows with images, each a pack of its own."""
     from mixture.image_preparation import ImageSplitWriter, check_settings
 
-    if request.mixture is not None:
-        raise ValueError(f"{request.module}: a mixture cannot stand beside rows with images")
+    assert request.mixture is None, "answers are written to texts only, so no mixture of them stands beside images"
     check_settings(request.objective, request.dataset)
     with ImageSplitWriter(request, processor, folder, workers) as writer:
         for name, split in (("train", rows.train), ("test", rows.test)):
@@ -401,44 +399,10 @@ def nothing_left(name: str, samples: int, dropped: dict[str, int] | Counter[str]
 def load_processor(request: PreparationRequest) -> Any:
     """The processor of an image-text model, or the tokenizer of any other; ValueError where it cannot be loaded."""
     tokenizer = load_tokenizer(request)
-    if not has_processor_files(request):
-        return tokenizer
-    from transformers import AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(
-            local_or_hub(request), revision=request.revision, trust_remote_code=request.trust_remote_code
-        )
-    except ImportError as error:
-        raise ValueError(
-            f"model.name: the processor of {request.tokenizer!r} needs a package that is not installed; those of "
-            "Qwen-VL and SmolVLM need the extra vision of pyproject.toml, with torchvision of the same build as torch: "
-            f"{error}"
-        ) from error
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"model.name: cannot load a processor from {request.tokenizer!r}: {error}") from error
-    if getattr(processor, "image_processor", None) is None:
-        return tokenizer
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    return processor
-
-
-def has_processor_files(request: PreparationRequest) -> bool:
-    """Whether the model comes with settings of a processor."""
-    from transformers.utils import cached_file
-
-    return any(
-        cached_file(
-            local_or_hub(request),
-            name,
-            revision=request.revision,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        for name in PROCESSOR_FILES
+    processor = find_processor(
+        local_or_hub(request), revision=request.revision, trust_remote_code=request.trust_remote_code
     )
+    return tokenizer if processor is None else processor
 
 
 def local_or_hub(request: PreparationRequest) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from phases import texts
 from phases.texts import compute_loss
 from training.block import (
     BlockStart,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 
 def build_trainer(run: FinetuningRun, start: BlockStart) -> BlockTrainer:
+    refuse_what_texts_alone_can(run)
     return make_trainer(
         with_unused_parameters(run),
         start,
@@ -39,6 +41,27 @@ def build_trainer(run: FinetuningRun, start: BlockStart) -> BlockTrainer:
     )
 
 
+def refuse_what_texts_alone_can(run: FinetuningRun) -> None:
+    """Raise ValueError for settings that rows with images cannot follow; only prepared data tells that there are any.
+
+    A model in shards is gathered by all processes at once, and one whose batch has no image would not ask its vision
+    tower as the others do.
+    """
+    problems = []
+    if run.training.parallelism != "ddp":
+        problems.append(
+            f"training.parallelism: {run.training.parallelism} cannot spread a model over processes whose rows hold "
+            "images; use ddp"
+        )
+    if run.evaluation.lm_eval is not None:
+        problems.append(
+            "evaluation.lm_eval: its tasks are asked of a model that was trained on texts, and the rows hold images; "
+            "leave it out"
+        )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
 def with_unused_parameters(run: FinetuningRun) -> FinetuningRun:
     """The run, told that some batches leave a part of the model out: texts without images, and the heads of vision
     towers that the language model does not read."""
@@ -48,10 +71,7 @@ def with_unused_parameters(run: FinetuningRun) -> FinetuningRun:
 
 def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module:
     """The model as the chain left it, or as it begins. Its forward pass returns the loss."""
-    from training import models
-
-    checkpoint = start.path if start else None
-    return models.build_model(run.model, seed=run.seed, checkpoint=checkpoint, reads_images=True)
+    return texts.build_model(run, start, reads_images=True)
 
 
 def build_processor(run: FinetuningRun) -> ProcessorMixin:
@@ -83,6 +103,7 @@ def scores(run: FinetuningRun, checkpoint: Checkpoint, ranks: Ranks) -> dict[str
     from training.vision import scored_answers_about_images
 
     assert run.module is not None, "rows with images come from a dataset module"
+    refuse_what_texts_alone_can(run)  # settings of the evaluation may have changed on the way
     model: Any = build_model(run, checkpoint).to(device_of_process())
     collate = image_collate(run)
     loss = loss_on_test_split(run, model, compute_loss, ranks, collate)

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from phases import texts
 from phases.texts import build_tokenizer
 from training.block import (
     BlockStart,
@@ -13,10 +14,9 @@ from training.block import (
     device_of_process,
     export_folder,
     export_trained,
-    harness_scores,
     make_trainer,
     open_prepared,
-    scored_answers,
+    scores_of_texts,
 )
 from training.checkpoints import Checkpoint
 from training.distributed import Ranks
@@ -51,7 +51,12 @@ def build_trainer(run: FinetuningRun, start: BlockStart) -> BlockTrainer:
 def objective(run: FinetuningRun) -> str:
     """All that shapes the loss, in words: a checkpoint is resumed under these settings only."""
     assert run.finetuning.preference is not None
-    settings = {**asdict(run.finetuning.preference), "start": [run.model.name, run.model.revision]}
+    return objective_in_words(run, asdict(run.finetuning.preference))
+
+
+def objective_in_words(run: FinetuningRun, settings: dict[str, Any]) -> str:
+    """The objective, its settings and the model that the chain began with, which some losses compare with."""
+    settings = {**settings, "start": [run.model.name, run.model.revision]}
     return f"{run.finetuning.objective} {json.dumps(settings, sort_keys=True)}"
 
 
@@ -66,12 +71,11 @@ def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module
 
 def build_judging_model(run: FinetuningRun, start: Checkpoint | None, *, temperature: float = 1.0) -> torch.nn.Module:
     """The model; its forward pass returns the log-probabilities of answers, at a temperature."""
-    from training import models
     from training.adapters import is_adapter
     from training.preferences import use_log_probabilities
 
-    model = models.build_model(run.model, seed=run.seed, checkpoint=start.path if start else None)
-    network: Any = model.get_base_model() if is_adapter(model) else model
+    model: Any = texts.build_model(run, start)
+    network = model.get_base_model() if is_adapter(model) else model
     use_log_probabilities(network, temperature=temperature)
     return model
 
@@ -161,20 +165,15 @@ def held_out_preferences(run: FinetuningRun, loss: Any, ranks: Ranks) -> dict[st
 
 def scores(run: FinetuningRun, checkpoint: Checkpoint, ranks: Ranks) -> dict[str, Any]:
     """Loss, accuracy and margin, by source in `models`, and answers where the module scores."""
-    from training.evaluation import as_json
-
     model: Any = build_model(run, checkpoint).to(device_of_process())
     found: dict[str, Any] = {}
     if open_prepared(run).splits.get("test"):
         by_source = held_out_preferences(run, build_loss(run, model), ranks)
         found = {**by_source["all"], "models": {run.finetuning.objective: by_source}}
+    if run.finetuning.objective == "reward":
+        return {"step": checkpoint.step, "epoch": checkpoint.epoch, **found}
     # Last, as it turns the weights into the precision that answers are written in.
-    generated = None
-    if run.finetuning.objective != "reward":
-        tokenizer = build_tokenizer(run)
-        generated = scored_answers(run, model, tokenizer, ranks)
-        found |= harness_scores(run, model, tokenizer, ranks)
-    return {**as_json(None, generated, step=checkpoint.step, epoch=checkpoint.epoch), **found}
+    return {**scores_of_texts(run, model, build_tokenizer(run), checkpoint, ranks), **found}
 
 
 def export(run: FinetuningRun, end: Checkpoint) -> None:

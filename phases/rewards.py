@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from phases.preferences import build_judging_model, build_reference
+from phases.preferences import build_judging_model, build_reference, objective_in_words
 from phases.texts import build_tokenizer
 from training.block import (
     BlockStart,
     build_data,
     device_of_process,
     export_trained,
-    harness_scores,
     make_trainer,
     open_prepared,
-    scored_answers,
+    scores_of_texts,
 )
 from training.checkpoints import Checkpoint
 from training.distributed import Ranks
@@ -60,9 +58,7 @@ def settings_of(run: FinetuningRun) -> OnlineConfig:
 
 def objective(run: FinetuningRun) -> str:
     """All that shapes the loss, in words: a checkpoint is resumed under these settings only."""
-    start = [run.model.name, run.model.revision]
-    settings = {**asdict(settings_of(run)), "start": start, "max_length": run.dataset.max_length}
-    return f"{run.finetuning.objective} {json.dumps(settings, sort_keys=True)}"
+    return objective_in_words(run, {**asdict(settings_of(run)), "max_length": run.dataset.max_length})
 
 
 def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module:
@@ -74,17 +70,24 @@ def build_loss(run: FinetuningRun, model: torch.nn.Module, *, step: int) -> Onli
     """`compute_loss`, after `step` optimizer steps of the chain: what answers and what rewards."""
     from mixture.prompts import PromptRows
     from rewarding.online import OnlineLoss
-    from rewarding.rewards import build_rewards
 
     config = settings_of(run)
     return OnlineLoss(
         config,
         build_writer(run, model),
-        build_rewards(config, run.module, device_of_process()),
+        build_rewards(run),
         PromptRows(run.prepared, "train"),
         build_reference(run, model, temperature=config.temperature) if config.has_reference else None,
         step,
     )
+
+
+def build_rewards(run: FinetuningRun) -> Rewards:
+    """What says what answers are worth."""
+    from rewarding import rewards
+
+    unprotected = run.evaluation.unprotected_code
+    return rewards.build_rewards(settings_of(run), run.module, device_of_process(), unprotected=unprotected)
 
 
 def build_writer(run: FinetuningRun, model: Any) -> Writer:
@@ -118,13 +121,10 @@ def block_scores(run: FinetuningRun, trainer: BlockTrainer) -> dict[str, float]:
 
 def scores(run: FinetuningRun, checkpoint: Checkpoint, ranks: Ranks) -> dict[str, Any]:
     """Mean rewards before and after, by source in `models`, and answers where the module scores."""
-    from rewarding.rewards import build_rewards
-    from training.evaluation import as_json
-
     found: dict[str, Any] = {}
     model: Any = build_model(run, checkpoint).to(device_of_process())
     if has_held_out_prompts(run):
-        rewards = build_rewards(settings_of(run), run.module, device_of_process())
+        rewards = build_rewards(run)
         first = build_writer(run, build_model(run, None).to(device_of_process()))
         before, _ = held_out_rewards(run, first, rewards, ranks)
         del first  # two models at once are enough
@@ -132,10 +132,7 @@ def scores(run: FinetuningRun, checkpoint: Checkpoint, ranks: Ranks) -> dict[str
         models = {run.finetuning.objective: after, "before": before}
         found = {**after["all"], "reward_before": before["all"]["reward"], "examples": examples, "models": models}
     # Last, as it turns the weights into the precision that answers are written in.
-    tokenizer = build_tokenizer(run)
-    generated = scored_answers(run, model, tokenizer, ranks)
-    found |= harness_scores(run, model, tokenizer, ranks)
-    return {**as_json(None, generated, step=checkpoint.step, epoch=checkpoint.epoch), **found}
+    return {**scores_of_texts(run, model, build_tokenizer(run), checkpoint, ranks), **found}
 
 
 def has_held_out_prompts(run: FinetuningRun) -> bool:

@@ -35,11 +35,12 @@ def build_trainer(run: FinetuningRun, start: BlockStart) -> BlockTrainer:
     )
 
 
-def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module:
+def build_model(run: FinetuningRun, start: Checkpoint | None, *, reads_images: bool = False) -> torch.nn.Module:
     """The model as the chain left it, or as it begins. Its forward pass returns the loss: see `compute_loss`."""
     from training import models
 
-    return models.build_model(run.model, seed=run.seed, checkpoint=start.path if start else None)
+    checkpoint = start.path if start else None
+    return models.build_model(run.model, seed=run.seed, checkpoint=checkpoint, reads_images=reads_images)
 
 
 def build_tokenizer(run: FinetuningRun) -> PreTrainedTokenizerBase:

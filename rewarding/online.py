@@ -21,12 +21,12 @@ from rewarding.losses import (
     sums_by_answer,
 )
 from rewarding.rewards import Rewards
-from rewarding.rollouts import ADVANTAGES, OLD, PLACE, PROMPTS, REFERENCE, Rollout, Writer, rollouts_batch
+from rewarding.rollouts import ADVANTAGES, OLD, PLACE, PROMPTS, Rollout, Writer, rollouts_batch
 from training.batches import Batch, PackedDataset, even_shares
 from training.distributed import Ranks, failing_together, gather_on_all, sum_over_ranks
 from training.evaluation import autocast, to_device
 from training.online_config import OnlineConfig, RlooConfig
-from training.preferences import ALL, ANSWER_TOKENS, Reference, evaluating
+from training.preferences import ALL, ANSWER_TOKENS, REFERENCE, Reference, evaluating
 
 NOT_FOR_MODEL = (ANSWER_TOKENS, ADVANTAGES, OLD, REFERENCE, PLACE)
 

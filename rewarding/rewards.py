@@ -17,7 +17,14 @@ from typing import Any, Protocol
 import torch
 
 from answering.generation import Ids, continuations
-from mixture.dataset_modules import ModuleFile, load_module, raise_located
+from mixture.dataset_modules import (
+    REWARD_FUNCTION,
+    SCORE_FUNCTION,
+    ModuleFile,
+    load_module,
+    module_score,
+    raise_located,
+)
 from mixture.formats import Message, Sample
 from mixture.render import Renderer
 from mixture.shards import TokenRow
@@ -27,8 +34,6 @@ from training.models import load_model_config, load_tokenizer, load_with_tokeniz
 from training.online_config import JUDGE_PROMPT, OnlineConfig, RewardSource
 from training.preferences import answers_batch, build_reward_model, values_of_answers
 
-REWARD_FUNCTION = "reward"
-SCORE_FUNCTION = "score"
 SHOWN_CHARACTERS = 80
 HIGHEST = 10.0
 REPLY_TOKENS = 16
@@ -75,8 +80,13 @@ class Rewards:
         return sum((self.weights[name] * value for name, value in rewards.items()), torch.zeros(()))
 
 
-def build_rewards(config: OnlineConfig, module: ModuleFile | None, device: torch.device) -> Rewards:
-    """The sources that a run names, with models on `device`. ValueError: a module without reward, no such model."""
+def build_rewards(
+    config: OnlineConfig, module: ModuleFile | None, device: torch.device, *, unprotected: bool
+) -> Rewards:
+    """The sources that a run names, with models on `device`. ValueError: a module without reward, no such model.
+
+    `unprotected`: whether a module's `score` may run code where the machine cannot protect itself.
+    """
     unread: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     sources: dict[str, Rewarding] = {}
@@ -84,7 +94,7 @@ def build_rewards(config: OnlineConfig, module: ModuleFile | None, device: torch
     for source in config.rewards:
         kinds[source.kind] += 1
         name = source.kind if kinds[source.kind] == 1 else f"{source.kind}_{kinds[source.kind]}"
-        sources[name] = build_source(source, config, module, unread, device)
+        sources[name] = build_source(source, config, module, unread, device, unprotected=unprotected)
         weights[name] = source.weight
     return Rewards(sources, weights, unread)
 
@@ -95,10 +105,12 @@ def build_source(
     module: ModuleFile | None,
     unread: Counter[str],
     device: torch.device,
+    *,
+    unprotected: bool,
 ) -> Rewarding:
     key = f"finetuning.{config.section}.rewards"
     if source.kind == "module":
-        return ModuleReward(*module_function(module, key))
+        return ModuleReward(*module_function(module, key, unprotected=unprotected))
     assert source.name is not None
     model = ModelConfig(name=source.name, revision=source.revision)
     if source.kind == "model":
@@ -109,20 +121,21 @@ def build_source(
 # --- a function of the dataset module
 
 
-def module_function(module: ModuleFile | None, key: str) -> tuple[ModuleFile, Callable[[Answered], Any], str]:
+def module_function(
+    module: ModuleFile | None, key: str, *, unprotected: bool
+) -> tuple[ModuleFile, Callable[[Answered], Any], str]:
     """The module, its function and the function's name; ValueError where there is none."""
     if module is None:
         raise ValueError(
             f"{key}: kind: module needs a single dataset module (dataset.name or dataset.file), and a mixture is "
             "trained on; use kind: model or kind: judge"
         )
-    loaded = load_module(module.path)
-    reward = getattr(loaded, REWARD_FUNCTION, None)
+    reward = getattr(load_module(module.path), REWARD_FUNCTION, None)
     if reward is not None:
         return module, lambda one: reward(one.messages, one.answer, one.row), REWARD_FUNCTION
-    score = getattr(loaded, SCORE_FUNCTION, None)
+    score = module_score(module, unprotected=unprotected)
     if score is not None:
-        return module, lambda one: score(one.answer, one.row), SCORE_FUNCTION
+        return module, lambda one: score.function(one.answer, one.row), SCORE_FUNCTION
     raise ValueError(
         f"{key}: {module.path} has no function reward; add reward(prompt_messages, answer, row) -> float to it, or "
         "score(prediction, row) -> float, or use kind: model or kind: judge"

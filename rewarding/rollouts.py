@@ -37,7 +37,6 @@ from training.preferences import answers_batch
 PROMPTS = "prompts"
 ADVANTAGES = "advantages"
 OLD = "old"
-REFERENCE = "reference"
 PLACE = "place"
 
 

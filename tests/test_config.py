@@ -203,6 +203,7 @@ LEARN_BY_DPO = ["--finetuning.objective", "dpo", "--model.peft", "true"]
         ([*LEARN_BY_DPO, "--model.adapter", "{init_lora_weights: pissa}"], "change the model below"),
         (["--slurm.extra.dependency", "afterok:1"], "is set by the chain itself"),
         (["--model.merge_adapter", "true"], "needs model.peft"),
+        (["--model.train_vision", "true", "--finetuning.objective", "dpo"], "where rows with images are learned"),
         (["--training.save_every", "sometimes"], "must be steps (200) or a time"),
         (["--name", "../up"], "name must be letters"),
     ],

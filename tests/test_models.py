@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetuning
-from training.config import LoraConfig, ModelConfig
+from training.config import FsdpConfig, LoraConfig, ModelConfig
 from training.models import build_model, load_tokenizer, parameters_hash, stop_token_ids
 from training.run import FinetuningRun
+from training.sharding import wrapped_modules
 
 MakeRun = Callable[..., FinetuningRun]
 
@@ -88,6 +89,19 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(tiny_mode
     model = ModelConfig(name=str(tmp_path), tokenizer=str(tiny_model), from_scratch=True)
     with pytest.raises(ValueError, match=r"has 4096 tokens and .* embeds 4000"):
         build_model(model, seed=1)
+
+
+def test_a_vision_tower_that_rows_of_texts_do_not_train_is_refused(base: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.train_vision: the rows hold no images"):
+        build_model(ModelConfig(name=str(base), train_vision=True), seed=0)
+
+
+def test_a_class_to_be_spread_that_the_model_does_not_have_is_refused(base: Path) -> None:
+    network = build_model(ModelConfig(name=str(base)), seed=0)
+    layers = wrapped_modules(network, FsdpConfig())
+    assert wrapped_modules(network, FsdpConfig(wrap=["LlamaDecoderLayer"])) == layers
+    with pytest.raises(ValueError, match=r"training\.fsdp\.wrap: .* has no module of the class Block; .*LlamaDecoder"):
+        wrapped_modules(network, FsdpConfig(wrap=["LlamaDecoderLayer", "Block"]))
 
 
 def test_unknown_adapter_layers_are_refused_with_the_layers_there_are(base: Path) -> None:

@@ -23,7 +23,7 @@ from phases import rewards
 from settings.yaml_tree import ConfigError
 from training.block import build_data
 from training.checkpoints import newest_valid
-from training.config import FinetuningConfig, LoraConfig
+from training.config import EvaluationConfig, FinetuningConfig, LoraConfig
 from training.online_config import GrpoConfig, RewardSource, RlooConfig
 from training.run import FinetuningRun, NonFiniteLossError
 
@@ -328,6 +328,19 @@ def reward_model(folder: Path, tiny_model: Path) -> Path:
     return folder
 
 
+def test_a_module_that_runs_code_is_told_whether_it_may_unprotected(make_run: MakeRun, tmp_path: Path) -> None:
+    module = made_module(
+        tmp_path, ROWS, "def score(prediction, row, unprotected=False):\n    return float(unprotected)"
+    )
+    run = replace(make_run("run"), module=module, finetuning=FinetuningConfig(objective="grpo"))
+    from rewarding.rewards import Answered
+
+    for unprotected in (True, False):
+        run = replace(run, evaluation=EvaluationConfig(unprotected_code=unprotected))
+        found = rewards.build_rewards(run).of([Answered("one", [], {}, "pass")])
+        assert found["module"].tolist() == [float(unprotected)]
+
+
 def test_a_reward_model_gives_what_transformers_makes_of_the_conversation(tiny_model: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -339,7 +352,7 @@ def test_a_reward_model_gives_what_transformers_makes_of_the_conversation(tiny_m
     )
     turns = [{"role": "user", "content": "2 + 2"}]
     asked = [Answered("one", turns, {}, "4"), Answered("two", turns, {}, "certainly five")]
-    found = build_rewards(config, None, torch.device("cpu")).of(asked)
+    found = build_rewards(config, None, torch.device("cpu"), unprotected=False).of(asked)
     assert list(found) == ["model", "model_2"]
     classifier, tokenizer = (
         AutoModelForSequenceClassification.from_pretrained(folder),
@@ -357,7 +370,7 @@ def test_a_chat_model_is_refused_as_a_reward_model(teacher: Path) -> None:
 
     config = GrpoConfig(rewards=[RewardSource(kind="model", name=str(teacher))])
     with pytest.raises(ValueError, match=r"is LlamaForCausalLM, and kind: model takes a sequence classifier"):
-        build_rewards(config, None, torch.device("cpu"))
+        build_rewards(config, None, torch.device("cpu"), unprotected=False)
 
 
 def test_a_judge_reads_prompt_and_answer_and_what_it_cannot_say_is_counted(teacher: Path) -> None:
@@ -365,7 +378,7 @@ def test_a_judge_reads_prompt_and_answer_and_what_it_cannot_say_is_counted(teach
 
     question = "Judge {answer} to {prompt}!"
     source = RewardSource(kind="judge", name=str(teacher), prompt=question, highest=5)
-    rewards = build_rewards(GrpoConfig(rewards=[source]), None, torch.device("cpu"))
+    rewards = build_rewards(GrpoConfig(rewards=[source]), None, torch.device("cpu"), unprotected=False)
     judge: Any = rewards.sources["judge"]
     one = Answered("one", [{"role": "user", "content": "what is {answer}?"}], {}, "it is {prompt}")
     read = judge.tokenizer.decode(judge.prompt_ids(one))
@@ -468,7 +481,7 @@ ADAPTER = ["--model.from_scratch", "false", "--model.peft", "true"]
     ("overrides", "said"),
     [
         (["--dataset.packing", "true"], r"dataset\.packing: .* one prompt a row"),
-        (["--training.arguments.fsdp", "full_shard"], r"training\.arguments\.fsdp: .* cannot write answers"),
+        (["--training.parallelism", "fsdp"], r"training\.parallelism: .* fsdp spreads .* cannot write answers"),
         (["--finetuning.grpo.group_size", "1"], r"finetuning\.grpo\.group_size must be at least 2"),
         (["--finetuning.grpo.rewards", "[{kind: judge}]"], r"kind: judge needs name"),
         (["--finetuning.grpo.rewards", "[]"], r"finetuning\.grpo\.rewards is empty"),

@@ -26,7 +26,7 @@ from mixture.prepare import PreparationRequest, PreparedData, prepare
 from phases import images
 from training.block import build_data
 from training.checkpoints import newest_valid
-from training.config import LoraConfig
+from training.config import LmEvalConfig, LoraConfig
 from training.run import FinetuningRun
 from training.run_folder import RunFolder
 
@@ -161,6 +161,15 @@ def test_a_vision_tower_can_be_kept_as_it_is(make_image_run: MakeRun) -> None:
     after = images.build_model(run, newest_valid(run.folder.checkpoints)[0]).state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed and not any("vision_model" in name for name in changed)
+
+
+def test_what_rows_with_images_cannot_follow_is_refused(make_image_run: MakeRun) -> None:
+    with pytest.raises(ValueError, match=r"training\.parallelism: fsdp cannot spread .* use ddp"):
+        finetuning.train(make_image_run("run", training={"parallelism": "fsdp"}))
+    run = make_image_run("run")
+    run = replace(run, evaluation=replace(run.evaluation, lm_eval=LmEvalConfig(tasks=["arc_easy"])))
+    with pytest.raises(ValueError, match=r"evaluation\.lm_eval: .* the rows hold images; leave it out"):
+        finetuning.train(run)
 
 
 # --- the loss

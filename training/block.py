@@ -248,9 +248,23 @@ def scores_on_test_split(
     ranks: Ranks,
 ) -> dict[str, Any]:
     """What evaluation.json holds of any model: test loss, and answers where the dataset module scores them."""
+    loss = loss_on_test_split(run, model, compute_loss, ranks)
+    return scores_of_texts(run, model, tokenizer, checkpoint, ranks, loss=loss)
+
+
+def scores_of_texts(
+    run: TrainerRun,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Checkpoint,
+    ranks: Ranks,
+    *,
+    loss: HeldOutLoss | None = None,
+) -> dict[str, Any]:
+    """What evaluation.json holds of any model that writes: answers where the dataset module scores them, and tasks of
+    lm-evaluation-harness where any are asked for. Turns the weights into the precision that answers are written in."""
     from training.evaluation import as_json
 
-    loss = loss_on_test_split(run, model, compute_loss, ranks)
     generated = scored_answers(run, model, tokenizer, ranks)
     scores = as_json(loss, generated, step=checkpoint.step, epoch=checkpoint.epoch)
     return {**scores, **harness_scores(run, model, tokenizer, ranks)}

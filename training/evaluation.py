@@ -49,6 +49,14 @@ class GenerationScore:
     rows: int
     examples: list[dict[str, Any]]
 
+    @classmethod
+    def of_shares(cls, name: str, mine: list[dict[str, Any]], *, rows: int) -> GenerationScore:
+        """Of the answers of all processes, each with its `score`; they took the rows in turns, `mine` is this one's."""
+        shares = gather_on_all(mine)
+        everyone: list[dict[str, Any]] = [shares[row % len(shares)][row // len(shares)] for row in range(rows)]
+        mean = sum(answer["score"] for answer in everyone) / rows
+        return cls(name=name, score=mean, rows=rows, examples=everyone[:NUM_EXAMPLES])
+
 
 def held_out_loss(
     model: torch.nn.Module,
@@ -108,14 +116,7 @@ def generation_score(
         {"prompt": prompt, "prediction": answer, "score": value}
         for prompt, (answer, value) in zip(prompts, judged, strict=True)
     ]
-    shares = gather_on_all(scored)
-    everyone: list[dict[str, Any]] = [shares[row % len(shares)][row // len(shares)] for row in range(len(questions))]
-    return GenerationScore(
-        name=score.name,
-        score=sum(answer["score"] for answer in everyone) / len(everyone),
-        rows=len(everyone),
-        examples=everyone[:NUM_EXAMPLES],
-    )
+    return GenerationScore.of_shares(score.name, scored, rows=len(questions))
 
 
 def judge(

@@ -15,6 +15,7 @@ import torch
 from torch import distributed
 
 from training.distributed import agree_on_any, failing_together, from_main
+from training.sharding import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,12 +60,6 @@ def make_room(network: PreTrainedModel, device: torch.device) -> None:
     network.tie_weights()
 
 
-def is_in_shards(network: PreTrainedModel) -> bool:
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(layer, FSDPModule) for layer in network.get_decoder().layers)
-
-
 @contextmanager
 def in_step(network: PreTrainedModel) -> Iterator[None]:
     """Let the processes ask a model as often as each needs to, be it in shards or not.
@@ -72,7 +67,7 @@ def in_step(network: PreTrainedModel) -> Iterator[None]:
     The parts of a layer are gathered by all processes at once, so one that has asked its last goes on asking, for
     nothing, until all have. Within, the processes exchange nothing else.
     """
-    if not is_in_shards(network):
+    if not is_sharded(network):
         yield
         return
 

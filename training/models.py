@@ -18,13 +18,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
     AutoTokenizer,
     set_seed,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging
 
+from mixture.processors import find_processor
 from training.adapter_options import EXPERTS
 from training.adapters import add_adapter, export_adapter, four_bits, load_adapter_state, merge_adapters
 from training.attention import check_packable, register_varlen_attention
@@ -57,12 +57,11 @@ def load_tokenizer(model: ModelConfig, *, key: str = "model") -> PreTrainedToken
 def load_processor(model: ModelConfig) -> ProcessorMixin:
     """The processor of an image-text model, its tokenizer with a pad token. ValueError where it has none."""
     name, revision = (model.tokenizer, None) if model.tokenizer else (model.name, model.revision)
-    try:
-        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.name: no processor found under {name!r}. {where_tried(name)}\n{error}") from error
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    processor: ProcessorMixin | None = find_processor(
+        name, revision=revision, trust_remote_code=model.trust_remote_code
+    )
+    if processor is None:
+        raise ValueError(f"model.name: no processor found under {name!r}. {where_tried(name)}")
     return processor
 
 
@@ -89,6 +88,10 @@ def build_model(
     if reads_images:
         require_image_text(model, config)
         auto_class, model = AutoModelForImageTextToText, with_padded_attention(model)
+    elif model.train_vision is not None:
+        raise ValueError(
+            f"model.train_vision: the rows hold no images, so what sees of {model.name} is never trained; leave it out"
+        )
     set_seed(seed)
     if checkpoint and not model.peft:
         trained = replace(model, name=str(checkpoint), revision=None, adapters=[])

@@ -19,7 +19,7 @@ from mixture.shards import TokenRow
 from mixture.whole_files import whole_file
 from training.batches import PackedDataset
 from training.config import ModelConfig
-from training.distributed import Ranks, failing_together
+from training.distributed import Ranks, failing_together, from_main
 from training.evaluation import autocast, to_device
 from training.model_identity import model_identity
 from training.models import precision
@@ -61,7 +61,9 @@ def compute_reference(
     `build` makes the reference, where there is anything to compute; it is given up afterwards. `shards_folder` keeps
     what is done of an interrupted pass; it is no other run's, and removed at the end.
     """
-    missing = {name: packs for name, packs in splits.items() if not values_file(folder, name).exists()}
+    # As the first process sees it: another run may write the same values while the processes look.
+    names = from_main([name for name in splits if not values_file(folder, name).exists()])
+    missing = {name: splits[name] for name in names}
     if not missing:
         return
     shards = [

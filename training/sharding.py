@@ -65,9 +65,11 @@ def wrapped_modules(model: nn.Module, config: FsdpConfig) -> list[nn.Module]:
     network: Any = model.get_base_model() if is_adapter(model) else model  # type: ignore[operator]
     names = set(config.wrap or network._no_split_modules or [])
     modules = [module for module in reversed(list(model.modules())) if type(module).__name__ in names]
-    if not modules:
+    missing = set(config.wrap) - {type(module).__name__ for module in modules}
+    if missing or not modules:
         layers = sorted({type(module).__name__ for module in model.modules()})
-        wanted = f"none of the classes {', '.join(sorted(names))}" if names else "no layers that it names itself"
+        unknown = ", ".join(sorted(missing or names))
+        wanted = f"no module of the class {unknown}" if unknown else "no layers that it names itself"
         raise ValueError(
             f"training.fsdp.wrap: {type(network).__name__} has {wanted}; name the classes of its layers, out of "
             f"{', '.join(layers)}"
@@ -76,7 +78,8 @@ def wrapped_modules(model: nn.Module, config: FsdpConfig) -> list[nn.Module]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
+    """Whether the weights of the model, or of some of its layers, are spread over the processes."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def computing_device(model: nn.Module) -> torch.device:

@@ -5,7 +5,7 @@ A batch is what the processor makes of its rows, padded to the longest, and `lab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,13 @@ import torch
 
 from mixture.dataset_modules import ModuleScore
 from mixture.image_dialogues import runs
+from mixture.image_preparation import CollateRows
 from mixture.image_rows import ImageRow
 from training.batches import IGNORED, Batch, PackedDataset
 from training.config import EvaluationConfig
-from training.distributed import Ranks, gather_on_all
-from training.evaluation import NUM_EXAMPLES, GenerationScore, to_device
+from training.distributed import Ranks
+from training.evaluation import GenerationScore, to_device
 from training.models import stop_token_ids
-
-CollateRows = Callable[[Sequence[dict[str, Any]]], Any]
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,7 @@ def scored_answers_about_images(
         prompt = processor.tokenizer.decode(question["input_ids"][0], skip_special_tokens=True)
         value = float(score.function(answer, pack[0].read()))
         mine.append({"prompt": prompt.strip(), "prediction": answer, "score": value})
-    shares = gather_on_all(mine)
-    everyone: list[dict[str, Any]] = [shares[row % len(shares)][row // len(shares)] for row in range(count)]
-    return GenerationScore(
-        name=score.name,
-        score=sum(answer["score"] for answer in everyone) / len(everyone),
-        rows=count,
-        examples=everyone[:NUM_EXAMPLES],
-    )
+    return GenerationScore.of_shares(score.name, mine, rows=count)
 
 
 def question_of(batch: Batch) -> Batch:
