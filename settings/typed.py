@@ -102,8 +102,26 @@ def check_type(annotation: Any, value: Any) -> Any:
         parser = type_parser(annotation, str(annotation))
         return parser.instantiate(parser.parse_object({"value": value})).value
     except ArgumentError:
+        if typing.get_origin(annotation) is list and isinstance(value, list):
+            check_items(typing.get_args(annotation)[0], value)
         hint = "; quote it to make it a text" if accepts_text(annotation) and isinstance(value, int | float) else ""
         raise TypeError(f"expected {describe_type(annotation)}, got {value!r}{hint}") from None
+
+
+def check_items(annotation: Any, values: list[Any]) -> None:
+    """Raise TypeError for the first key that is wrong in a list of sections; nothing for a list of plain values."""
+    if not dataclasses.is_dataclass(annotation):
+        return
+    types_of_keys = typing.get_type_hints(annotation)
+    known = [item.name for item in dataclasses.fields(annotation)]
+    for number, item in enumerate(values, 1):
+        for key, value in item.items() if isinstance(item, dict) else ():
+            if key not in known:
+                raise TypeError(f"item {number}: {unknown_key((key,), known)}")
+            try:
+                check_type(types_of_keys[key], value)
+            except TypeError as error:
+                raise TypeError(f"item {number}, {key}: {error}") from None
 
 
 TYPE_WORDS: dict[Any, str] = {

@@ -484,6 +484,8 @@ ADAPTER = ["--model.from_scratch", "false", "--model.peft", "true"]
         (["--training.parallelism", "fsdp"], r"training\.parallelism: .* fsdp spreads .* cannot write answers"),
         (["--finetuning.grpo.group_size", "1"], r"finetuning\.grpo\.group_size must be at least 2"),
         (["--finetuning.grpo.rewards", "[{kind: judge}]"], r"kind: judge needs name"),
+        (["--finetuning.grpo.rewards", "[{kind: modle}]"], r"item 1, kind: expected one of module, .* got 'modle'"),
+        (["--finetuning.grpo.rewards", "[{}, {knd: module}]"], r"item 2: unknown key knd; did you mean kind\?"),
         (["--finetuning.grpo.rewards", "[]"], r"finetuning\.grpo\.rewards is empty"),
         (["--finetuning.objective", "sft"], r"finetuning\.grpo is read only where"),
         ([*ADAPTER, "--model.peft_method", "lora_moe"], r"model\.peft_method: lora_moe does not learn from rewards"),
