@@ -30,12 +30,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import orjson
-import xxhash
 
 from answering.config import AnswersConfig
-from answering.generation import Continuation, Draws, Ids, continuations
+from answering.generation import Continuation, Draws, Ids, continuations, draw_key
 from answering.identity import answers_key
 from mixture.formats import CONTENT_KEYS, Message, with_messages
 from mixture.mixture_folder import MARKER, finish_folder
@@ -382,8 +380,9 @@ class Writer:
         room = [min(answers.max_new_tokens, max_length - len(prompt)) for prompt in prompts]
         draws = None
         if answers.temperature:
-            numbers = [numbers_of(self.request.seed, conversation, max(room)) for conversation in conversations]
-            draws = Draws(np.stack(numbers), answers.temperature)
+            # The answers so far are the number of the turn.
+            keys = [draw_key(self.request.seed, one.answers, one.row["id"]) for one in conversations]
+            draws = Draws(keys, answers.temperature)
         with told_of_full_memory(lower="answers.batch_size", key=self.request.writer_key):
             written = continuations(self.network, prompts, stops=self.stops, room=room, draws=draws)
         for conversation, answer in zip(conversations, written, strict=True):
@@ -408,12 +407,6 @@ class Writer:
         done = self.manifest.shards - len(unfinished(self.request.folder, self.manifest))
         speed = self.tokens / (now - self.began_s)
         self.report(f"{what}shards: {done} of {self.manifest.shards} answered, {speed:,.0f} tokens/s")
-
-
-def numbers_of(seed: int, conversation: Conversation, count: int) -> npt.NDArray[np.float64]:
-    """What the next turn of a conversation is drawn by; beginnings of it are the same for every `count`."""
-    name = f"{seed} {conversation.answers} {conversation.row['id']}".encode()
-    return np.random.Generator(np.random.Philox(key=xxhash.xxh3_128_intdigest(name))).random(count)
 
 
 def batched(pairs: Sequence[tuple[Conversation, Ids]], size: int) -> Iterator[Sequence[tuple[Conversation, Ids]]]:

@@ -1,4 +1,4 @@
-"""What a model writes after a prompt: batches padded on the left, greedy or drawn by numbers that are given."""
+"""What a model writes after a prompt: batches padded on the left, greedy or drawn by the random numbers of a key."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 if TYPE_CHECKING:
@@ -34,12 +35,21 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Draws:
-    """How tokens are drawn: the number of each place of each continuation, at a temperature."""
+    """How tokens are drawn: each continuation by the random numbers of its own key, at a temperature."""
 
-    numbers_BT: npt.NDArray[np.float64]
-    """In [0, 1)."""
+    keys: Sequence[int]
+    """Below 2^128; see `draw_key`."""
 
     temperature: float
+
+    def numbers(self, count: int) -> npt.NDArray[np.float64]:
+        """Of the first so many places of each continuation, in [0, 1), [B, count]; the same for every `count`."""
+        return np.stack([np.random.Generator(np.random.Philox(key=key)).random(count) for key in self.keys])
+
+
+def draw_key(*occasion: object) -> int:
+    """The key of what is drawn at an occasion: named alike it is the same whenever and wherever it is drawn."""
+    return xxhash.xxh3_128_intdigest(" ".join(map(str, occasion)).encode())
 
 
 @torch.no_grad()
@@ -73,7 +83,7 @@ def continuations(
         written_BT = network.generate(
             input_ids=input_ids_BP.to(device),
             attention_mask=attention_BP.to(device),
-            logits_processor=LogitsProcessorList([DrawnToken(draws)] if draws else []),
+            logits_processor=LogitsProcessorList([DrawnToken(draws, max(room))] if draws else []),
         )
     new_tokens = written_BT[:, longest:].cpu().numpy()
     return [cut(ids[:limit], stops) for ids, limit in zip(new_tokens, room, strict=True)]
@@ -101,14 +111,14 @@ def writing(network: PreTrainedModel | PeftModel, settings: GenerationConfig) ->
 class DrawnToken(LogitsProcessor):
     """Leaves one token to choose of each row: the one that its number falls on, in the cumulated probabilities."""
 
-    def __init__(self, draws: Draws) -> None:
-        self.draws = draws
-        self.numbers_BT = torch.from_numpy(draws.numbers_BT)
+    def __init__(self, draws: Draws, places: int) -> None:
+        self.temperature = draws.temperature
+        self.numbers_BT = torch.from_numpy(draws.numbers(places))
         self.place = 0
 
     def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
         # In float64: over 100,000 tokens a running sum in float32 would lose the small ones.
-        cumulated_BV = (scores_BV.double() / self.draws.temperature).softmax(1).cumsum(1)
+        cumulated_BV = (scores_BV.double() / self.temperature).softmax(1).cumsum(1)
         numbers_B = self.numbers_BT[:, self.place].to(scores_BV.device)
         self.place += 1
         points_B = numbers_B * cumulated_BV[:, -1]

@@ -42,8 +42,8 @@ def students_answers(
     prompts = [samples[number][0][: int(np.argmax(samples[number][1]))] for number in asked]
     room = [min(config.max_new_tokens, max_length - len(prompt)) for prompt in prompts]
     assert min(room) > 0, "a sample is never longer than max_length, and its prompt is shorter"
-    numbers_BT = torch.rand(len(prompts), max(room), dtype=torch.float64).numpy()
-    answers = continuations(network, prompts, stops=stops, room=room, draws=Draws(numbers_BT, config.temperature))
+    keys = torch.randint(2**63 - 1, (len(prompts),)).tolist()
+    answers = continuations(network, prompts, stops=stops, room=room, draws=Draws(keys, config.temperature))
     for number, prompt, answer in zip(asked, prompts, answers, strict=True):
         ids = np.concatenate([prompt, answer.ids])
         samples[number] = ids, np.arange(len(ids)) >= len(prompt)

@@ -21,11 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-import xxhash
 
-from answering.generation import Continuation, Draws, continuations
+from answering.generation import Continuation, Draws, continuations, draw_key
 from mixture.prompts import PromptRows
 from mixture.shards import TokenRow
 from rewarding.rewards import Answered
@@ -88,19 +86,14 @@ class Writer:
         asked = [prompt for prompt in prompts for _ in range(answers)]
         room = [min(self.config.max_new_tokens, self.max_length - len(prompt.input_ids)) for prompt in asked]
         assert min(room) > 0, "preparation drops prompts that fill max_length"
-        numbers_BT = np.stack(
-            [
-                numbers_of(self.seed, occasion, prompt.sample_id, place % answers, max(room))
-                for place, prompt in enumerate(asked)
-            ]
-        )
+        keys = [draw_key(self.seed, occasion, place % answers, prompt.sample_id) for place, prompt in enumerate(asked)]
         with autocast(self.network.device, self.precision):
             written = continuations(
                 self.network,
                 [prompt.input_ids.astype(np.int64) for prompt in asked],
                 stops=self.stops,
                 room=room,
-                draws=Draws(numbers_BT, self.config.temperature),
+                draws=Draws(keys, self.config.temperature),
             )
         return [Rollout(prompt, continuation) for prompt, continuation in zip(asked, written, strict=True)]
 
@@ -116,12 +109,6 @@ class Writer:
             )
             for rollout in rollouts
         ]
-
-
-def numbers_of(seed: int, occasion: str, sample_id: str, answer: int, count: int) -> npt.NDArray[np.float64]:
-    """What the tokens of one answer are drawn by; beginnings of it are the same for every `count`."""
-    name = f"{seed} {occasion} {answer} {sample_id}".encode()
-    return np.random.Generator(np.random.Philox(key=xxhash.xxh3_128_intdigest(name))).random(count)
 
 
 def rollouts_batch(rollouts: Sequence[Rollout]) -> Batch:
