@@ -35,6 +35,7 @@ import orjson
 from answering.config import AnswersConfig
 from answering.generation import Continuation, Draws, Ids, continuations, draw_key
 from answering.identity import answers_key
+from answering.vllm_engine import VllmEngine
 from mixture.formats import CONTENT_KEYS, Message, with_messages
 from mixture.mixture_folder import MARKER, finish_folder
 from mixture.prepare import (
@@ -54,11 +55,20 @@ from mixture.tokenizers import REASONING_TOKENS
 from mixture.whole_files import join_files, remove_leftovers, whole_file, write_whole
 from training.claims import Claim, InterruptedShardError, work_on_shards
 from training.config import ModelConfig
-from training.models import load_with_tokenizer, stop_token_ids, told_of_full_memory
+from training.models import (
+    load_generation_config,
+    load_tokenizer,
+    load_with_tokenizer,
+    precision,
+    stop_token_ids,
+    stops_of,
+    told_of_full_memory,
+)
 from training.shard_folder import done_file, manifest_file
+from training.vllm_config import VllmConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 REPORT_EVERY_S = 30.0
 TEST_ROWS = "test.jsonl"
@@ -102,10 +112,32 @@ def write_answers(request: AnswersRequest, report: Report, *, stop_requested: St
     remove_leftovers(request.folder)
     manifest = agreed_manifest(request, report)
     if unfinished(request.folder, manifest):
-        with told_of_full_memory(lower="answers.batch_size", key=request.writer_key):
-            network, tokenizer = load_with_tokenizer(request.writer, key=request.writer_key)
-        Writer(request, manifest, network, tokenizer, report, stop_requested).run()
+        Writer(request, manifest, *load_writer(request), report, stop_requested).run()
     return not unfinished(request.folder, manifest) and finish(request.folder, manifest, report)
+
+
+Continue = Callable[..., list[Continuation]]
+"""The continuations of prompts, as answering.generation.continuations gives those of a network."""
+
+
+def load_writer(request: AnswersRequest) -> tuple[Continue, list[int], PreTrainedTokenizerBase]:
+    """What writes, the tokens that end what it writes, and its tokenizer."""
+    writer, key, answers = request.writer, request.writer_key, request.answers
+    if answers.engine == "transformers":
+        with told_of_full_memory(lower="answers.batch_size", key=key):
+            network, tokenizer = load_with_tokenizer(writer, key=key)
+        return partial(continuations, network), stop_token_ids(network, tokenizer), tokenizer
+    engine = VllmEngine(
+        answers.vllm or VllmConfig(),
+        key="answers.vllm",
+        dtype=precision(writer),
+        max_length=request.rows.dataset.max_length,
+        revision=writer.revision,
+        trust_remote_code=writer.trust_remote_code,
+    )
+    engine.load(writer.name)
+    tokenizer = load_tokenizer(writer, key=key)
+    return engine.continuations, stops_of(load_generation_config(writer), tokenizer), tokenizer
 
 
 # --- the rows
@@ -283,18 +315,19 @@ class Writer:
         self,
         request: AnswersRequest,
         manifest: AnswersManifest,
-        network: PreTrainedModel,
+        write: Continue,
+        stops: list[int],
         tokenizer: PreTrainedTokenizerBase,
         report: Report,
         stop_requested: StopRequested,
     ) -> None:
         self.request = request
         self.manifest = manifest
-        self.network = network
+        self.write = write
+        self.stops = stops
         self.tokenizer = tokenizer
         self.report = report
         self.stop_requested = stop_requested
-        self.stops = stop_token_ids(network, tokenizer)
         self.dropped_ids = {
             number
             for number, token in tokenizer.added_tokens_decoder.items()
@@ -350,7 +383,7 @@ class Writer:
             # Prompts of like length share a batch, so that little of it is padding.
             asked.sort(key=lambda pair: len(pair[1]))
             done = 0
-            for batch in batched(asked, self.request.answers.batch_size):
+            for batch in batched(asked, self.request.answers.side_by_side):
                 if self.stop_requested() or not claim.is_held():
                     raise InterruptedShardError
                 self.write_batch([conversation for conversation, _ in batch], [prompt for _, prompt in batch])
@@ -384,7 +417,7 @@ class Writer:
             keys = [draw_key(self.request.seed, one.answers, one.row["id"]) for one in conversations]
             draws = Draws(keys, answers.temperature)
         with told_of_full_memory(lower="answers.batch_size", key=self.request.writer_key):
-            written = continuations(self.network, prompts, stops=self.stops, room=room, draws=draws)
+            written = self.write(prompts, stops=self.stops, room=room, draws=draws)
         for conversation, answer in zip(conversations, written, strict=True):
             self.tokens += len(answer.ids)
             if answer.is_finished or answers.keep_unfinished:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from training.vllm_config import Engine, VllmConfig, unread_vllm
+
+SIDE_BY_SIDE = {"transformers": 32, "vllm": 512}
+
 
 @dataclass(kw_only=True, frozen=True)
 class AnswersConfig:
@@ -15,8 +19,9 @@ class AnswersConfig:
     temperature: float = 0.0
     """Of its sampling, from its whole distribution; 0 takes the most probable token each time."""
 
-    batch_size: int = 32
-    """Answers that are written side by side."""
+    batch_size: int | None = None
+    """Answers that are written side by side. Unset: 32, and with vllm, which gives room to the next as soon as one has
+    ended, 512."""
 
     shard_rows: int = 1024
     """Rows that are answered as one piece: what one interruption can cost."""
@@ -30,13 +35,25 @@ class AnswersConfig:
     keep_unfinished: bool = False
     """Keep answers that come to no end, instead of dropping them and what would follow in the conversation."""
 
+    engine: Engine = "transformers"
+    """What writes. `vllm` is much faster on a GPU."""
+
+    vllm: VllmConfig | None = None
+    """Settings of the engine of this name."""
+
     def __post_init__(self) -> None:
         problems = [
             f"answers.{key} must be at least 1, got {getattr(self, key)}"
             for key in ("max_new_tokens", "batch_size", "shard_rows", "tasks", "gpus_per_task")
-            if getattr(self, key) < 1
+            if (value := getattr(self, key)) is not None and value < 1
         ]
         if self.temperature < 0:
             problems.append(f"answers.temperature must not be negative, got {self.temperature}")
+        problems += unread_vllm("answers", self.engine, self.vllm)
         if problems:
             raise ValueError("\n".join(problems))
+
+    @property
+    def side_by_side(self) -> int:
+        """`batch_size`, or its default."""
+        return self.batch_size or SIDE_BY_SIDE[self.engine]

@@ -32,6 +32,9 @@ class Continuation:
     is_finished: bool
     """Whether it ended with a stop token, and not for want of room."""
 
+    log_probabilities: npt.NDArray[np.float32] | None = None
+    """Of each token as it was drawn, in nats, where another engine wrote it."""
+
 
 @dataclass(frozen=True)
 class Draws:

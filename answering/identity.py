@@ -27,6 +27,8 @@ def answers_key(writer: ModelConfig, answers: AnswersConfig, *, data_key: str, s
         "keep_unfinished": answers.keep_unfinished,
         "seed": seed if answers.temperature else None,
     }
+    if answers.engine != "transformers":
+        parts["engine"] = answers.engine
     return xxhash.xxh3_64_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
 
 

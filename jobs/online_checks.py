@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mixture.dataset_modules import REWARD_FUNCTION, SCORE_FUNCTION, ModuleFile, defined_names, parse_module
-from training.adapter_options import EXPERTS, is_prompt_method
+from training.adapter_options import EXPERTS, is_prompt_method, not_mergeable
 from training.config import FinetuningConfig, ModelConfig, TrainingConfig
 from training.online_config import OnlineConfig, RewardSource
 
@@ -39,6 +39,15 @@ def online_contradictions(
             f"model.peft_method: {model.peft_method} does not learn from rewards; use lora, or "
             "finetuning.objective: sft"
         )
+    if online.engine == "vllm":
+        reason = not_mergeable(model.peft_method) if model.peft else None
+        if model.peft and model.peft_method == "qlora":
+            reason = "its base is held in 4 bits"
+        if reason:
+            messages[f"finetuning.{online.section}.engine"] = (
+                f"finetuning.{online.section}.engine: vllm is given the adapter as a part of the model's weights, and "
+                f"{model.peft_method} cannot be: {reason}; use engine: transformers"
+            )
     if model.peft and online.has_reference and "init_lora_weights" in model.adapter:
         messages["model.adapter"] = (
             "model.adapter.init_lora_weights: the reference is the model with its adapter off, and other first weights "

@@ -20,6 +20,7 @@ from jobs.capturing import key_of_answers
 from jobs.cluster import SilentControllerError, read_partitions
 from jobs.config import PROJECT, RunConfig, read_tree, run_config
 from jobs.distillation_checks import check_cache, check_distillation, find_cache, model_shape, require_weights
+from jobs.engine_checks import find_engines
 from jobs.local import visible_devices
 from jobs.online_checks import find_rewards
 from mixture.config import DatasetConfig
@@ -113,6 +114,7 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
         notes += mixture_notes(config.dataset)
     else:
         module = collect("dataset.file" if config.dataset.file else "dataset.name", find_module, config.dataset, folder)
+    config = find_engines(config, folder, collect)
     distillation = config.distillation
     if distillation is not None:
         distillation = find_teacher(distillation, folder, collect)

@@ -23,6 +23,7 @@ from training.run import FinetuningRun
 if TYPE_CHECKING:
     import torch
 
+    from answering.vllm_engine import VllmEngine
     from rewarding.online import OnlineLoss
     from rewarding.rewards import Rewards
     from rewarding.rollouts import Writer
@@ -35,7 +36,8 @@ def build_trainer(run: FinetuningRun, start: BlockStart) -> BlockTrainer:
     from rewarding.rollouts import PromptCollate
 
     model = build_model(run, start.checkpoint)
-    loss = build_loss(run, model, step=start.checkpoint.step if start.checkpoint else 0)
+    writer = build_writer(run, model, start.ranks, build_engine(run))
+    loss = build_loss(run, writer, step=start.checkpoint.step if start.checkpoint else 0)
     trainer = make_trainer(
         run,
         start,
@@ -66,7 +68,7 @@ def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module
     return build_judging_model(run, start, temperature=settings_of(run).temperature)
 
 
-def build_loss(run: FinetuningRun, model: torch.nn.Module, *, step: int) -> OnlineLoss:
+def build_loss(run: FinetuningRun, writer: Writer, *, step: int) -> OnlineLoss:
     """`compute_loss`, after `step` optimizer steps of the chain: what answers and what rewards."""
     from mixture.prompts import PromptRows
     from rewarding.online import OnlineLoss
@@ -74,10 +76,10 @@ def build_loss(run: FinetuningRun, model: torch.nn.Module, *, step: int) -> Onli
     config = settings_of(run)
     return OnlineLoss(
         config,
-        build_writer(run, model),
+        writer,
         build_rewards(run),
         PromptRows(run.prepared, "train"),
-        build_reference(run, model, temperature=config.temperature) if config.has_reference else None,
+        build_reference(run, writer.network, temperature=config.temperature) if config.has_reference else None,
         step,
     )
 
@@ -90,7 +92,26 @@ def build_rewards(run: FinetuningRun) -> Rewards:
     return rewards.build_rewards(settings_of(run), run.module, device_of_process(), unprotected=unprotected)
 
 
-def build_writer(run: FinetuningRun, model: Any) -> Writer:
+def build_engine(run: FinetuningRun) -> VllmEngine | None:
+    """What writes in the model's place, beside it on the device of this process; None where it writes itself."""
+    settings = settings_of(run)
+    if settings.engine == "transformers":
+        return None
+    from answering.vllm_engine import VllmEngine
+    from training.models import precision
+    from training.vllm_config import VllmConfig
+
+    return VllmEngine(
+        settings.vllm or VllmConfig(),
+        key=f"finetuning.{settings.section}.vllm",
+        dtype=precision(run.model),
+        max_length=run.dataset.max_length,
+        device=device_of_process(),
+        trust_remote_code=run.model.trust_remote_code,
+    )
+
+
+def build_writer(run: FinetuningRun, model: Any, ranks: Ranks, engine: VllmEngine | None) -> Writer:
     """The model as it answers prompts."""
     from rewarding.rollouts import Writer
     from training.models import precision, stop_token_ids
@@ -104,6 +125,8 @@ def build_writer(run: FinetuningRun, model: Any) -> Writer:
         config=settings_of(run),
         max_length=run.dataset.max_length,
         seed=run.seed,
+        ranks=ranks,
+        engine=engine,
     )
 
 
@@ -124,11 +147,11 @@ def scores(run: FinetuningRun, checkpoint: Checkpoint, ranks: Ranks) -> dict[str
     found: dict[str, Any] = {}
     model: Any = build_model(run, checkpoint).to(device_of_process())
     if has_held_out_prompts(run):
-        rewards = build_rewards(run)
-        first = build_writer(run, build_model(run, None).to(device_of_process()))
+        rewards, engine = build_rewards(run), build_engine(run)
+        first = build_writer(run, build_model(run, None).to(device_of_process()), ranks, engine)
         before, _ = held_out_rewards(run, first, rewards, ranks)
         del first  # two models at once are enough
-        after, examples = held_out_rewards(run, build_writer(run, model), rewards, ranks)
+        after, examples = held_out_rewards(run, build_writer(run, model, ranks, engine), rewards, ranks)
         models = {run.finetuning.objective: after, "before": before}
         found = {**after["all"], "reward_before": before["all"]["reward"], "examples": examples, "models": models}
     # Last, as it turns the weights into the precision that answers are written in.

@@ -15,6 +15,9 @@ from training.online_config import GrpoConfig, OnlineConfig
 SMALLEST_DEVIATION = 1e-4
 """Added to a group's standard deviation, as TRL does."""
 
+HIGHEST_IMPORTANCE = 2.0
+"""What the importance of a token, or with RLOO of an answer, is cut off at, as in the work named in `importance`."""
+
 
 @dataclass(frozen=True)
 class AnswerTokens:
@@ -34,6 +37,9 @@ class AnswerTokens:
 
     advantages_S: torch.Tensor
     """How much better each answer is than those it is compared with."""
+
+    drawn_N: torch.Tensor | None = None
+    """The same under the engine that drew them; None where that is the policy itself."""
 
     def by_answer(self, values_N: torch.Tensor) -> torch.Tensor:
         """The sum of a value of tokens over each answer, [S]."""
@@ -120,6 +126,8 @@ def grpo_sum(answers: AnswerTokens, config: GrpoConfig) -> torch.Tensor:
     - dr_grpo: 1 / (answers x max_new_tokens), free of a bias by length. arXiv:2503.20783.
     """
     losses_N = clipped(answers.policy_N - answers.old_N, answers.by_token(answers.advantages_S), config)
+    if answers.drawn_N is not None:
+        losses_N = losses_N * importance(answers.old_N - answers.drawn_N)
     if answers.reference_N is not None:
         losses_N = losses_N + config.beta * kl_estimates(answers.policy_N, answers.reference_N)
     if config.loss == "grpo":
@@ -130,7 +138,17 @@ def grpo_sum(answers: AnswerTokens, config: GrpoConfig) -> torch.Tensor:
 def rloo_sum(answers: AnswerTokens, config: OnlineConfig) -> torch.Tensor:
     """-min(r A, clip(r) A) of each answer, r the ratio of new to old probability of the whole of it; at the first
     update its gradient is that of REINFORCE, A grad log p: arXiv:2402.14740, eq. 6."""
-    return clipped(answers.by_answer(answers.policy_N - answers.old_N), answers.advantages_S, config).sum()
+    losses_S = clipped(answers.by_answer(answers.policy_N - answers.old_N), answers.advantages_S, config)
+    if answers.drawn_N is not None:
+        losses_S = losses_S * importance(answers.by_answer(answers.old_N - answers.drawn_N))
+    return losses_S.sum()
+
+
+def importance(log_ratios: torch.Tensor) -> torch.Tensor:
+    """How much more probable to the policy than to the engine that drew it, cut off where it is large: truncated
+    importance sampling, Ionides 2008; between an engine and a trainer: Yao et al. 2025, "Your efficient RL framework
+    secretly brings you off-policy RL training"."""
+    return log_ratios.detach().exp().clamp(max=HIGHEST_IMPORTANCE)
 
 
 def clipped(log_ratios: torch.Tensor, advantages: torch.Tensor, config: OnlineConfig) -> torch.Tensor:

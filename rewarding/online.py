@@ -21,14 +21,14 @@ from rewarding.losses import (
     sums_by_answer,
 )
 from rewarding.rewards import Rewards
-from rewarding.rollouts import ADVANTAGES, OLD, PLACE, PROMPTS, Rollout, Writer, rollouts_batch
+from rewarding.rollouts import ADVANTAGES, DRAWN, OLD, PLACE, PROMPTS, Rollout, Writer, rollouts_batch
 from training.batches import Batch, PackedDataset, even_shares
 from training.distributed import Ranks, failing_together, gather_on_all, sum_over_ranks
 from training.evaluation import autocast, to_device
 from training.online_config import OnlineConfig, RlooConfig
 from training.preferences import ALL, ANSWER_TOKENS, REFERENCE, Reference, evaluating
 
-NOT_FOR_MODEL = (ANSWER_TOKENS, ADVANTAGES, OLD, REFERENCE, PLACE)
+NOT_FOR_MODEL = (ANSWER_TOKENS, ADVANTAGES, OLD, DRAWN, REFERENCE, PLACE)
 
 SHOWN_ANSWERS = 10
 
@@ -65,9 +65,12 @@ class OnlineLoss:
         """Answer and reward the prompts of a step's micro-batches; returns what its loss is divided by, over all
         processes. ValueError, on every process, where a reward fails on one."""
         self.add_passes()
+        self.writer.begin()
         with failing_together():
-            for place, batch in enumerate(batches):
-                self.answer(batch)
+            prompts = [batch[PROMPTS] for batch in batches]
+            written = self.writer.write(prompts, occasion=str(self.step), answers=self.config.group_size)
+            for place, (batch, rollouts) in enumerate(zip(batches, written, strict=True)):
+                self.answer(batch, rollouts)
                 batch[PLACE] = place
         self.step += 1
         self.batches, self.iteration = batches, 0
@@ -76,9 +79,8 @@ class OnlineLoss:
         self.items = loss_items(self.config, answers=answers, tokens=tokens)
         return self.items
 
-    def answer(self, batch: Batch) -> None:
-        """Put the answers to a batch's prompts in their place."""
-        rollouts = self.writer.write(batch[PROMPTS], occasion=str(self.step), answers=self.config.group_size)
+    def answer(self, batch: Batch, rollouts: Sequence[Rollout]) -> None:
+        """Put the answers to a batch's prompts in their place, and reward them."""
         rewards = self.rewards.of(self.writer.answered(rollouts, self.rows))
         total_S = self.rewards.total(rewards)
         answered = to_device(rollouts_batch(rollouts), self.writer.network.device)
@@ -104,7 +106,9 @@ class OnlineLoss:
 
     def tokens(self, policy_N: torch.Tensor, batch: Batch) -> AnswerTokens:
         old_N = batch[OLD] if self.config.iterations > 1 else policy_N.detach()
-        return AnswerTokens(policy_N, old_N, batch.get(REFERENCE), batch[ANSWER_TOKENS], batch[ADVANTAGES])
+        return AnswerTokens(
+            policy_N, old_N, batch.get(REFERENCE), batch[ANSWER_TOKENS], batch[ADVANTAGES], batch.get(DRAWN)
+        )
 
     def __call__(self, model: torch.nn.Module, batch: Batch, num_items: torch.Tensor) -> torch.Tensor:
         """The loss of the batch's answers, divided by `num_items`, those of the whole step."""
@@ -146,6 +150,8 @@ class OnlineLoss:
         }
         if answers.reference_N is not None:
             found["kl"] = kl_estimates(answers.policy_N, answers.reference_N).sum()
+        if answers.drawn_N is not None:
+            found["engine_gap"] = (answers.old_N - answers.drawn_N).abs().sum()
         return found
 
     def add_passes(self) -> None:
@@ -162,7 +168,8 @@ class OnlineLoss:
 
         Means over answers: `reward` and each of its parts, `answer_tokens`, `cut_share` (ended for want of room),
         `judge_unread`. Over groups: `reward_std`, `zero_std_share` (nothing to learn). Over tokens: `entropy`, as
-        minus the log-probability of what was drawn, `kl`, and `clip_share` (with RLOO over answers).
+        minus the log-probability of what was drawn, `kl`, `engine_gap` (how far off the log-probabilities of another
+        engine are, dropout among the reasons), and `clip_share` (with RLOO over answers).
         """
         self.add_passes()
         names = sorted(self.sums)
@@ -173,8 +180,8 @@ class OnlineLoss:
         counts = {name: found.pop(name) for name in ("answers", "groups", "tokens", "ratios")}
         if not any(source.startswith("judge") for source in self.rewards.sources):
             del found["judge_unread"]
-        of = {"reward_std": "groups", "zero_std_share": "groups", "entropy": "tokens", "kl": "tokens"}
-        of["clip_share"] = "ratios"
+        of = {"reward_std": "groups", "zero_std_share": "groups", "clip_share": "ratios"}
+        of |= dict.fromkeys(("entropy", "kl", "engine_gap"), "tokens")
         return {name: value / counts[of.get(name, "answers")] for name, value in found.items()}
 
 
@@ -212,12 +219,13 @@ def held_out_rewards(
     The answers are sampled as in training, by numbers that are the same for every model. Leaves random states, and the
     model's mode, as they were.
     """
-    mine: list[list[HeldOutAnswer]] = []
+    writer.begin()
     with failing_together():
         count = min(limit, len(prompts))
-        for share in even_shares(count, batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size):
-            asked = [row for place in share for row in prompts[place]]
-            mine.append(held_out_answers(writer, rewards, writer.write(asked, occasion="held out", answers=1), rows))
+        shares_of_rank = even_shares(count, batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size)
+        asked = [[row for place in share for row in prompts[place]] for share in shares_of_rank]
+        written = writer.write(asked, occasion="held out", answers=1)
+        mine = [held_out_answers(writer, rewards, rollouts, rows) for rollouts in written]
     rewards.unread.clear()
     shares = gather_on_all(mine)
     everyone = [answer for batches in zip(*shares, strict=True) for batch in batches for answer in batch]

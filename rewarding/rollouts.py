@@ -11,6 +11,7 @@ of answers:
     advantages      float [S]
     old             float [N] | absent   log-probabilities before the first update, where there are several
     reference       float [N] | absent   the same under the reference
+    drawn           float [N] | absent   the same as they were drawn, where another engine drew them
     place           int              which micro-batch of the step it is
 """
 
@@ -18,16 +19,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
 
 from answering.generation import Continuation, Draws, continuations, draw_key
+from answering.vllm_engine import VllmEngine
 from mixture.prompts import PromptRows
 from mixture.shards import TokenRow
 from rewarding.rewards import Answered
 from training.batches import Batch, collate
+from training.current_weights import current_weights
+from training.distributed import Ranks
 from training.evaluation import autocast
 from training.online_config import OnlineConfig
 from training.preferences import answers_batch
@@ -35,6 +40,7 @@ from training.preferences import answers_batch
 PROMPTS = "prompts"
 ADVANTAGES = "advantages"
 OLD = "old"
+DRAWN = "drawn"
 PLACE = "place"
 
 
@@ -74,27 +80,46 @@ class Writer:
     config: OnlineConfig
     max_length: int
     seed: int
+    ranks: Ranks
+    engine: VllmEngine | None = None
+    """What writes in the place of the network, by its weights."""
 
-    def write(self, prompts: Sequence[TokenRow], *, occasion: str, answers: int) -> list[Rollout]:
-        """So many answers to each prompt, side by side in one batch, prompt by prompt.
+    def begin(self) -> None:
+        """Write from now on by the network's weights as they are now; all processes of a block do so together."""
+        if self.engine is not None:
+            with current_weights(self.network, self.ranks, self.precision) as folder:
+                self.engine.load(str(folder))
 
-        What is drawn is a function of seed, occasion (the optimizer step), sample and answer, so it depends neither on
-        random states nor on which process asks.
+    def write(self, batches: Sequence[Sequence[TokenRow]], *, occasion: str, answers: int) -> list[list[Rollout]]:
+        """So many answers to each prompt of each batch, prompt by prompt.
+
+        The network writes those of one batch side by side, vLLM those of all. What is drawn is a function of seed,
+        occasion (the optimizer step), sample and answer, so it depends neither on random states nor on which process
+        asks.
         """
-        if not prompts:
+        asked = [[prompt for prompt in batch for _ in range(answers)] for batch in batches]
+        keys = [
+            [draw_key(self.seed, occasion, place % answers, prompt.sample_id) for place, prompt in enumerate(batch)]
+            for batch in asked
+        ]
+        if self.engine is None:
+            return [self.written(batch, own) for batch, own in zip(asked, keys, strict=True)]
+        everything = iter(self.written(list(chain(*asked)), list(chain(*keys))))
+        return [list(islice(everything, len(batch))) for batch in asked]
+
+    def written(self, asked: Sequence[TokenRow], keys: Sequence[int]) -> list[Rollout]:
+        """An answer to each prompt, together in one batch."""
+        if not asked:
             return []
-        asked = [prompt for prompt in prompts for _ in range(answers)]
-        room = [min(self.config.max_new_tokens, self.max_length - len(prompt.input_ids)) for prompt in asked]
+        prompts = [prompt.input_ids.astype(np.int64) for prompt in asked]
+        room = [min(self.config.max_new_tokens, self.max_length - len(prompt)) for prompt in prompts]
         assert min(room) > 0, "preparation drops prompts that fill max_length"
-        keys = [draw_key(self.seed, occasion, place % answers, prompt.sample_id) for place, prompt in enumerate(asked)]
-        with autocast(self.network.device, self.precision):
-            written = continuations(
-                self.network,
-                [prompt.input_ids.astype(np.int64) for prompt in asked],
-                stops=self.stops,
-                room=room,
-                draws=Draws(keys, self.config.temperature),
-            )
+        draws = Draws(keys, self.config.temperature)
+        if self.engine is not None:
+            written = self.engine.continuations(prompts, stops=self.stops, room=room, draws=draws)
+        else:
+            with autocast(self.network.device, self.precision):
+                written = continuations(self.network, prompts, stops=self.stops, room=room, draws=draws)
         return [Rollout(prompt, continuation) for prompt, continuation in zip(asked, written, strict=True)]
 
     def answered(self, rollouts: Sequence[Rollout], rows: PromptRows) -> list[Answered]:
@@ -113,4 +138,8 @@ class Writer:
 
 def rollouts_batch(rollouts: Sequence[Rollout]) -> Batch:
     """The answers' batch, before it is known what they are worth."""
-    return answers_batch([rollout.row for rollout in rollouts])
+    batch = answers_batch([rollout.row for rollout in rollouts])
+    drawn = [one for rollout in rollouts if (one := rollout.continuation.log_probabilities) is not None]
+    if drawn:
+        batch[DRAWN] = torch.from_numpy(np.concatenate(drawn))
+    return batch

@@ -24,6 +24,7 @@ from settings.yaml_tree import ConfigError
 from training.block import build_data
 from training.checkpoints import newest_valid
 from training.config import EvaluationConfig, FinetuningConfig, LoraConfig
+from training.distributed import Ranks
 from training.online_config import GrpoConfig, RewardSource, RlooConfig
 from training.run import FinetuningRun, NonFiniteLossError
 
@@ -159,7 +160,7 @@ def gradient(run: FinetuningRun, micro_batches: list[Any]) -> torch.Tensor:
     from rewarding.rollouts import PromptCollate
 
     model = rewards.build_model(run, None)
-    loss = rewards.build_loss(run, model, step=0)
+    loss = rewards.build_loss(run, rewards.build_writer(run, model, Ranks(), None), step=0)
     batches = [PromptCollate()(packs) for packs in micro_batches]
     items = loss.begin_step(batches)
     for batch in batches:
@@ -176,7 +177,7 @@ def test_further_iterations_are_updates_from_the_same_answers(make_online_run: M
     trained = train_to_the_end(run)
 
     model = rewards.build_model(run, None)
-    loss = rewards.build_loss(run, model, step=0)
+    loss = rewards.build_loss(run, rewards.build_writer(run, model, Ranks(), None), step=0)
     packs = build_data(run, "train")
     batch = PromptCollate()([packs[pack] for pack in range(len(packs))])
     items = torch.tensor(loss.begin_step([batch]))
@@ -488,6 +489,15 @@ ADAPTER = ["--model.from_scratch", "false", "--model.peft", "true"]
         (["--finetuning.grpo.rewards", "[{}, {knd: module}]"], r"item 2: unknown key knd; did you mean kind\?"),
         (["--finetuning.grpo.rewards", "[]"], r"finetuning\.grpo\.rewards is empty"),
         (["--finetuning.objective", "sft"], r"finetuning\.grpo is read only where"),
+        (["--finetuning.grpo.vllm.python", "x"], r"finetuning\.grpo\.vllm is read only where .*engine is vllm"),
+        (
+            ["--finetuning.grpo.engine", "vllm", "--finetuning.grpo.vllm.arguments", "{seed: 1, max_num_seqs: 8}"],
+            r"vllm\.arguments\.seed: decided by seed",
+        ),
+        (
+            [*ADAPTER, "--model.peft_method", "qlora", "--finetuning.grpo.engine", "vllm"],
+            r"finetuning\.grpo\.engine: vllm is given .* its base is held in 4 bits",
+        ),
         ([*ADAPTER, "--model.peft_method", "lora_moe"], r"model\.peft_method: lora_moe does not learn from rewards"),
     ],
 )  # fmt: skip

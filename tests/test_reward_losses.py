@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from rewarding.losses import AnswerTokens, advantages, is_clipped, kl_estimates, loss_items, loss_sum, sums_by_answer
+from rewarding.losses import (
+    HIGHEST_IMPORTANCE,
+    AnswerTokens,
+    advantages,
+    is_clipped,
+    kl_estimates,
+    loss_items,
+    loss_sum,
+    sums_by_answer,
+)
 from training.losses import Head, LogitShape, linear_log_probabilities
 from training.online_config import GrpoConfig, OnlineConfig, RlooConfig
 
@@ -18,14 +29,15 @@ TOKENS = (3, 1, 5, 2)
 LONGEST = 6
 
 
-def answers(has_reference: bool = True) -> AnswerTokens:
+def answers(has_reference: bool = True, drawn_elsewhere: bool = False) -> AnswerTokens:
     """Four answers to two prompts, somewhat away from the policy that wrote them."""
     torch.manual_seed(1)
     policy = (-torch.rand(sum(TOKENS), dtype=torch.float64)).requires_grad_()
     old = policy.detach() + 0.4 * torch.randn(sum(TOKENS), dtype=torch.float64)
     reference = policy.detach() + 0.4 * torch.randn(sum(TOKENS), dtype=torch.float64)
     leads = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64)
-    return AnswerTokens(policy, old, reference if has_reference else None, TOKENS, leads)
+    drawn = old + torch.randn(sum(TOKENS), dtype=torch.float64) if drawn_elsewhere else None
+    return AnswerTokens(policy, old, reference if has_reference else None, TOKENS, leads, drawn)
 
 
 def by_hand(a: AnswerTokens, config: OnlineConfig) -> torch.Tensor:
@@ -36,20 +48,25 @@ def by_hand(a: AnswerTokens, config: OnlineConfig) -> torch.Tensor:
         first += tokens
         if isinstance(config, RlooConfig):
             ratio = torch.exp(sum(a.policy_N[place] for place in places) - sum(a.old_N[place] for place in places))
-            total = (
-                total - torch.minimum(ratio * lead, ratio.clamp(1 - config.epsilon, 1 + config.clip_high) * lead) / 4
-            )
+            total = total - importance_by_hand(a, places) * gain_of(ratio, lead, config) / 4
             continue
         assert isinstance(config, GrpoConfig)
         weight = {"grpo": 1 / tokens / 4, "dr_grpo": 1 / config.max_new_tokens / 4}.get(config.loss, 1 / sum(TOKENS))
         for place in places:
             ratio = torch.exp(a.policy_N[place] - a.old_N[place])
-            gain = gain_of(ratio, lead, config)
+            gain = importance_by_hand(a, [place]) * gain_of(ratio, lead, config)
             if a.reference_N is not None:
                 odds = torch.exp(a.reference_N[place] - a.policy_N[place])
                 gain = gain - config.beta * (odds - torch.log(odds) - 1)
             total = total - weight * gain
     return total
+
+
+def importance_by_hand(a: AnswerTokens, places: Sequence[int]) -> float:
+    """Of these tokens together."""
+    if a.drawn_N is None:
+        return 1.0
+    return min(2.0, math.exp(sum(float(a.old_N[place]) - float(a.drawn_N[place]) for place in places)))
 
 
 def gain_of(ratio: torch.Tensor, lead: torch.Tensor, config: OnlineConfig) -> torch.Tensor:
@@ -63,9 +80,13 @@ SETTINGS: list[OnlineConfig] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("drawn_elsewhere", [False, True], ids=["", "drawn by another engine"])
 @pytest.mark.parametrize("config", SETTINGS, ids=lambda config: getattr(config, "loss", "rloo"))
-def test_losses_and_gradients_are_those_of_the_papers(config: OnlineConfig) -> None:
-    mine, theirs = answers(), answers()
+def test_losses_and_gradients_are_those_of_the_papers(config: OnlineConfig, drawn_elsewhere: bool) -> None:
+    mine, theirs = (answers(drawn_elsewhere=drawn_elsewhere) for _ in range(2))
+    if mine.drawn_N is not None:
+        log_ratios = mine.old_N - mine.drawn_N
+        assert 0 < (log_ratios > math.log(HIGHEST_IMPORTANCE)).double().mean() < 1, "the cut-off is at work"
     found = loss_sum(mine, config) / loss_items(config, answers=4, tokens=sum(TOKENS))
     expected = by_hand(theirs, config)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

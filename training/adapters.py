@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -306,6 +307,41 @@ def load_adapter_state(model: nn.Module, checkpoint: Path) -> None:
         raise ValueError(f"{checkpoint} holds another adapter than model.peft_method makes: {', '.join(different[:5])}")
     for name, value in state.items():
         weights[name].copy_(value)
+
+
+# ------------------------------------------------------------------------------------------------- merged for a while
+
+
+@contextmanager
+def merged(adapted: PeftModel) -> Iterator[None]:
+    """The adapter as a part of the base's weights; both as before afterwards, bit for bit, which peft's own way back
+    would not give."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    own = {weight: weight.data for weight in adapted.parameters()}
+    layers: list[Any] = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
+    try:
+        adapted.merge_adapter(safe_merge=True)  # makes new tensors, and leaves these alone
+        yield
+    finally:
+        for layer in layers:
+            layer.merged_adapters.clear()
+            getattr(layer, "_caches", {}).clear()  # what DoRA keeps for peft's own way back
+        for weight, data in own.items():
+            weight.data = data
+
+
+def plain_weights(adapted: PeftModel) -> dict[str, torch.Tensor]:
+    """The weights of a model whose adapter is merged in, by the names that they have without an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    network: Any = adapted.get_base_model()
+    layers = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, BaseTunerLayer))
+    return {
+        name.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."): weight
+        for name, weight in network.state_dict().items()
+        if ".original_module." not in name and (".base_layer." in name or not name.startswith(layers))
+    }
 
 
 # --------------------------------------------------------------------------------------------------------- exported

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    GenerationConfig,
     set_seed,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -386,7 +387,20 @@ def text_tokenizer(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> PreTr
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> list[int]:
     """The tokens that end an answer: end of text, and what the chat template puts after an assistant's turn."""
-    configured = model.generation_config.eos_token_id
+    return stops_of(model.generation_config, tokenizer)
+
+
+def load_generation_config(model: ModelConfig) -> GenerationConfig:
+    """The model's own settings for generation, as from_pretrained gives them to it."""
+    try:
+        return GenerationConfig.from_pretrained(model.name, revision=model.revision)
+    except OSError:
+        return GenerationConfig.from_model_config(load_model_config(model))
+
+
+def stops_of(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> list[int]:
+    """The same, of a model with these settings."""
+    configured = generation.eos_token_id
     plain = text_tokenizer(tokenizer)
     stops = set(configured if isinstance(configured, list) else [configured]) | {plain.eos_token_id}
     ids = ids_of_exchange(tokenizer)

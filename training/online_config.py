@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from training.vllm_config import Engine, VllmConfig, unread_vllm
+
 JUDGE_PROMPT = (
     "Here is a conversation and the answer that an assistant gave.\n\n{prompt}\n\nAnswer:\n{answer}\n\n"
     "How good is the answer, from 0 (useless) to 10 (perfect)? Reply with the number alone."
@@ -89,6 +91,13 @@ class OnlineConfig:
     beta: float = 0.0
     """Strength of the pull to the model that the chain began with; above 0 it is asked too."""
 
+    engine: Engine = "transformers"
+    """What writes the answers. `transformers`: the model that is trained, exactly as it is. `vllm`: a copy of it in
+    vLLM, much faster on a GPU, which computes a little otherwise; the loss is corrected for that."""
+
+    vllm: VllmConfig | None = None
+    """Settings of the engine of this name."""
+
     def __post_init__(self) -> None:
         key = f"finetuning.{self.section}"
         problems = []
@@ -107,6 +116,7 @@ class OnlineConfig:
             problems.append(f"{key}.beta must not be negative, got {self.beta}")
         if not self.rewards:
             problems.append(f"{key}.rewards is empty: name at least one, as - kind: module")
+        problems += unread_vllm(key, self.engine, self.vllm)
         if problems:
             raise ValueError("\n".join(problems))
 
