@@ -160,7 +160,7 @@ def environment_of(device: torch.device | None, environ: Mapping[str, str]) -> d
     environment = {name: value for name, value in environ.items() if name not in OF_RANKS}
     # Its engine in its own process: what is drawn then does not depend on how two processes meet.
     environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-    environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    environment.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings are of what is asked for here
     if device is not None and device.type == "cuda":
         number = torch.cuda.current_device() if device.index is None else device.index
         visible = environ.get("CUDA_VISIBLE_DEVICES")

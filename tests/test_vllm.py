@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 import venv
 from collections import Counter
@@ -20,13 +21,22 @@ import numpy as np
 import orjson
 import pytest
 import torch
+from drafting_models import target_config
 from safetensors.torch import load_file
+from test_eagle3 import MODULE as TOLD_SUMS
+from transformers import AutoModelForCausalLM
 
+import eagle3
 import finetuning
 from answering.answers import AnswersRequest, write_answers
 from answering.config import AnswersConfig
 from answering.generation import Draws, continuations
-from answering.vllm_engine import VllmEngine
+from answering.vllm_engine import VllmEngine, environment_of
+from drafting.config import Eagle3Config
+from drafting.decoding import Greedy, Limits, decode_with_draft
+from drafting.evaluation import held_out_prompts
+from drafting.export import load_exported
+from drafting.run import Eagle3Run
 from jobs.config import PROJECT
 from jobs.preflight import check_run
 from mixture.config import DatasetConfig
@@ -34,11 +44,13 @@ from mixture.dataset_modules import ModuleFile
 from mixture.mixture_folder import finish_folder
 from mixture.prepare import PreparationRequest, prepare
 from mixture.scatter import WrittenPart
+from mixture.shards import TokenRows
 from settings.yaml_tree import ConfigError
 from training.checkpoints import newest_valid
-from training.config import FinetuningConfig, LoraConfig, ModelConfig
+from training.config import EvaluationConfig, FinetuningConfig, LoraConfig, ModelConfig, TrainingConfig
 from training.models import build_model, load_frozen_model
 from training.online_config import GrpoConfig, RlooConfig
+from training.run_folder import RunFolder
 from training.vllm_config import VllmConfig
 
 PYTHON = os.environ.get("BATON_VLLM_PYTHON") or (sys.executable if importlib.util.find_spec("vllm") else None)
@@ -238,3 +250,65 @@ def test_two_blocks_equal_one_run_and_the_engine_follows_the_weights(
     # The policy moves away from where it began, and the engine with it.
     assert 0 < max(line["engine_gap"] for line in chain) < 1e-4
     assert finetuning.evaluate(runs[0])["reward"] == pytest.approx(finetuning.evaluate(runs[1])["reward"])
+
+
+# --- draft heads
+
+SPECULATE = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+def main():
+    asked = json.loads(sys.argv[1])
+    llm = LLM(**asked["llm"], disable_log_stats=False)
+    settings = SamplingParams(temperature=0, max_tokens=asked["tokens"], ignore_eos=True, detokenize=False)
+    written = llm.generate([{"prompt_token_ids": ids} for ids in asked["prompts"]], settings, use_tqdm=False)
+    passes = next(one.value for one in llm.get_metrics() if one.name == "vllm:spec_decode_num_drafts")
+    print(json.dumps({"passes": passes, "ids": [list(one.outputs[0].token_ids) for one in written]}))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@needs_vllm
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_a_draft_head_saves_in_vllm_the_passes_that_it_saves_here(
+    family: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """In as many passes of the target, vLLM writes what the target alone would."""
+    target = tmp_path / "target"
+    shutil.copytree(tiny_model, target)
+    torch.manual_seed(2)
+    config = target_config(family, vocab_size=4096, hidden_size=128, head_dim=32, initializer_range=0.15)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(target)
+    module = tmp_path / "told_sums.py"
+    module.write_text(TOLD_SUMS)
+    dataset = DatasetConfig(name="told_sums", max_length=128)
+    asked = PreparationRequest(dataset=dataset, module=ModuleFile(module), tokenizer=str(target), objective="sft")
+    prepared = prepare(asked, tmp_path / "data", lambda line: None, workers=1)
+    run = Eagle3Run(
+        folder=RunFolder(tmp_path / "draft"), prepared=prepared.folder, module=None, seed=1, dataset=dataset,
+        model=ModelConfig(name=str(target)),
+        training=TrainingConfig(lr=1e-2, batch_size=4, epochs_per_job=12, arguments={"report_to": "none"}),
+        eagle3=Eagle3Config(draft_vocabulary=2000, steps=3), evaluation=EvaluationConfig(limit=0),
+    )  # fmt: skip
+    run.folder.path.mkdir()
+    assert eagle3.train(run).finished
+
+    prompts = [prompt.input_ids for prompt in held_out_prompts(TokenRows.open(run.prepared, "test"), limit=8)]
+    draft, _ = load_exported(run.folder.export)
+    limits = Limits(max_new_tokens=33, stop_ids=frozenset())
+    here = [decode_with_draft(eagle3.build_target(run), draft, ids, Greedy(), limits, chain=3) for ids in prompts]
+    llm = {"model": str(target), "dtype": "float32", "max_model_len": 128, "skip_tokenizer_init": True, **SMALL,
+           "generation_config": "vllm", "speculative_config": {"method": "eagle3", "model": str(run.folder.export),
+                                                               "num_speculative_tokens": 3}}  # fmt: skip
+    asked_of_vllm = json.dumps({"llm": llm, "tokens": 33, "prompts": [list(map(int, ids)) for ids in prompts]})
+    environment = environment_of(None, os.environ)
+    found = json.loads(
+        subprocess.run(
+            [str(PYTHON), "-I", "-c", SPECULATE, asked_of_vllm], env=environment, stdout=subprocess.PIPE, check=True
+        ).stdout.splitlines()[-1]
+    )
+    assert found["ids"] == [one.tokens for one in here]
+    assert found["passes"] == sum(one.passes for one in here) < 8 * 32
