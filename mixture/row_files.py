@@ -215,7 +215,14 @@ def text_lines(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def parquet_lines(file: IO[bytes], columns: list[str] | None = None) -> Iterator[bytes]:
-    """Rows of a Parquet file, read batch by batch; of `columns` only, if given, nothing else is read or fetched."""
+    """Rows of a Parquet file as lines; of `columns` only, if given, nothing else is read or fetched."""
+    yield from map(row_line, parquet_rows(file, columns))
+
+
+def parquet_rows(
+    file: IO[bytes], columns: list[str] | None = None, *, rows_at_once: int = PARQUET_BATCH_ROWS
+) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file, read batch by batch; ValueError where it is damaged or lacks a column."""
     import pyarrow
     import pyarrow.parquet
 
@@ -224,9 +231,8 @@ def parquet_lines(file: IO[bytes], columns: list[str] | None = None) -> Iterator
         missing = set(columns or ()) - set(table.schema_arrow.names)
         if missing:
             raise ValueError(f"has no column {', '.join(sorted(missing))}, only {', '.join(table.schema_arrow.names)}")
-        for batch in table.iter_batches(PARQUET_BATCH_ROWS, columns=columns):
-            for row in batch.to_pylist():
-                yield row_line(row)
+        for batch in table.iter_batches(rows_at_once, columns=columns):
+            yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise ValueError(f"damaged, or no Parquet file: {error}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mixture import image_preparation
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from mixture.image_dialogues import DialogueCollator, dialogue_of
-from mixture.image_preparation import ImageSplitWriter
+from mixture.image_preparation import ImageSplitWriter, RowToWrite, module_rows
 from mixture.image_rows import ImageRows, RowEncoder
 from mixture.inspection import check_dataset
 from mixture.prepare import PreparationRequest, PreparedData, load_processor, prepare
@@ -115,12 +116,16 @@ def test_any_number_of_workers_writes_the_same_and_names_the_same_row(
     processor = load_processor(request)
     image = Image.new("RGB", (8, 8), "red")
     rows: list[Any] = [{"image": image, "question": "Which?", "answer": "so " * (1 + n % 3)} for n in range(40)]
+
+    def of_module(rows: list[Any], split: str) -> Iterator[RowToWrite]:
+        return module_rows(rows, ModuleFile(tmp_path / "made.py"), split, "made", reads_files=True)
+
     with ImageSplitWriter(request, processor, tmp_path, workers=1) as writer:
-        alone = writer.write(rows, "train", "made")
+        alone = writer.write(of_module(rows, "train"), "train")
     with ImageSplitWriter(request, processor, tmp_path, workers=2) as writer:
-        assert writer.write(rows, "train", "made") == alone
+        assert writer.write(of_module(rows, "train"), "train") == alone
         with pytest.raises(ValueError, match=r"made.py, test row 40: image: 1 bytes that cannot be decoded"):
-            writer.write([*rows, {**rows[0], "image": {"bytes": b"x", "path": None}}], "test", "made")
+            writer.write(of_module([*rows, {**rows[0], "image": {"bytes": b"x", "path": None}}], "test"), "test")
 
 
 # --- what is said about images

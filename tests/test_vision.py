@@ -22,7 +22,9 @@ from jobs.plan import plan_run
 from jobs.preflight import check_run
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
+from mixture.mixer import run_mixture
 from mixture.prepare import PreparationRequest, PreparedData, prepare
+from mixture.recipe import Mixture, SourceConfig
 from phases import images
 from training.block import build_data
 from training.checkpoints import newest_valid
@@ -170,6 +172,39 @@ def test_what_rows_with_images_cannot_follow_is_refused(make_image_run: MakeRun)
     run = replace(run, evaluation=replace(run.evaluation, lm_eval=LmEvalConfig(tasks=["arc_easy"])))
     with pytest.raises(ValueError, match=r"evaluation\.lm_eval: .* the rows hold images; leave it out"):
         finetuning.train(run)
+
+
+def test_two_blocks_on_a_mixture_of_images_and_texts_equal_one_uninterrupted_run(
+    make_image_run: MakeRun, model: Path, tmp_path: Path
+) -> None:
+    shapes = [
+        SourceConfig(name=name, file=str(SHAPES.path), options={"num_rows": 9, "seed": seed})
+        for seed, name in enumerate(("some", "others"))
+    ]
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text("".join(f'{{"question": "Is it {number}?", "answer": "So it is."}}\n' for number in range(6)))
+    sources = (*shapes, SourceConfig(name="chat", path=str(chat)))
+    mixture = run_mixture(Mixture(name="mix", sources=sources, held_out=0.2), tmp_path, lambda line: None, workers=1)
+    dataset = DatasetConfig(name="mixture", max_length=64)
+    request = PreparationRequest(
+        dataset=dataset, mixture=mixture.folder, tokenizer=str(model), objective="sft"
+    )  # fmt: skip
+    data = prepare(request, tmp_path, lambda line: None)
+    train = data.splits["train"]
+    assert train is not None and data.splits["test"] is not None and set(train.sources) == {"some", "others", "chat"}
+
+    def run(name: str, **training: Any) -> FinetuningRun:
+        training |= {"batch_size": 3, "gradient_accumulation": 2}
+        return replace(make_image_run(name, data=data, training=training), module=None)
+
+    chain = run("chain", epochs_per_job=1, total_jobs=2)
+    assert_identical(train_to_the_end(chain), train_to_the_end(run("whole", epochs_per_job=2, total_jobs=1)))
+    assert finetuning.evaluate(chain)["loss"] > 0
+    packs = [build_data(chain, "train")[number] for number in range(4)]
+    assert {bool(pack[0].content.images) for pack in packs} == {True, False}
+    torch.testing.assert_close(
+        gradient(chain, [[pack] for pack in packs]), gradient(chain, [packs]), rtol=1e-3, atol=1e-6
+    )
 
 
 # --- the loss

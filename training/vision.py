@@ -49,6 +49,28 @@ def as_tensors(batch: Any) -> Batch:
     }
 
 
+def let_texts_pass(network: torch.nn.Module) -> None:
+    """Have rows without images skip the layers that look at images, as they do in a batch without any.
+
+    Llama 3.2 Vision would have them look at blank images where rows with images stand beside them.
+    """
+    from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
+
+    for layer in network.modules():
+        if isinstance(layer, MllamaCrossAttentionDecoderLayer):
+            layer.register_forward_hook(unchanged_without_images, with_kwargs=True)
+
+
+def unchanged_without_images(
+    layer: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: torch.Tensor
+) -> torch.Tensor:
+    """What a layer that looks at images gives: for rows without images, what it was given."""
+    sees_image = keywords["full_text_row_masked_out_mask"]  # [rows, 1, tokens, 1], or None in a batch without images
+    if sees_image is None:
+        return output
+    return torch.where(sees_image.flatten(1).any(1)[:, None, None], output, arguments[0])
+
+
 def scored_answers_about_images(
     model: Any,
     processor: Any,
