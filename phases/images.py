@@ -120,6 +120,7 @@ def scores(run: FinetuningRun, checkpoint: Checkpoint, ranks: Ranks) -> dict[str
             collate,
             score,
             config=run.evaluation,
+            batch_size=run.evaluation.batch_size or run.training.batch_size,
             ranks=ranks,
         )
     return as_json(loss, generated, step=checkpoint.step, epoch=checkpoint.epoch)

@@ -21,16 +21,19 @@ from jobs.job import run_job
 from jobs.plan import plan_run
 from jobs.preflight import check_run
 from mixture.config import DatasetConfig
-from mixture.dataset_modules import ModuleFile
+from mixture.dataset_modules import ModuleFile, ModuleScore
 from mixture.mixer import run_mixture
 from mixture.prepare import PreparationRequest, PreparedData, prepare
 from mixture.recipe import Mixture, SourceConfig
 from phases import images
 from training.block import build_data
 from training.checkpoints import newest_valid
-from training.config import LmEvalConfig, LoraConfig
+from training.config import EvaluationConfig, LmEvalConfig, LoraConfig
+from training.distributed import Ranks
+from training.evaluation import GenerationScore
 from training.run import FinetuningRun
 from training.run_folder import RunFolder
+from training.vision import scored_answers_about_images
 
 MakeRun = Callable[..., FinetuningRun]
 
@@ -238,6 +241,52 @@ def test_only_what_the_assistant_says_is_learned(make_image_run: MakeRun) -> Non
         said = processor.tokenizer.decode(labels[labels != -100])
         assert said == data[number][0].read()["messages"][-1]["content"] + "<|im_end|>"
     assert int((batch["labels"] != -100).sum()) == sum(data[number][0].loss_tokens for number in range(len(data)))
+
+
+# --- answers
+
+SEVERAL_IMAGES = """
+from PIL import Image
+
+def get_custom_dataset(dataset_config, processor, split, split_ratio=0.8):
+    return [{"images": [Image.effect_noise((20 + 30 * (n % 2), 20), 99) for _ in range(1 + n % 3 // 2)],
+             "messages": [{"role": "user", "content": "How many?" + " And now?" * (n % 4)},
+                          {"role": "assistant", "content": "Two"}]} for n in range(11)]
+"""
+
+
+def test_answers_in_batches_are_those_of_one_row_after_another(
+    model: Path, make_image_run: MakeRun, tmp_path: Path
+) -> None:
+    module = ModuleFile(tmp_path / "several.py")
+    module.path.write_text(SEVERAL_IMAGES)
+    run = make_image_run("run", data=prepared(model, module, tmp_path), module=module)
+    network, rows, collate = images.build_model(run, None), build_data(run, "test"), images.image_collate(run)
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.3) if weight.ndim > 1 or weight.numel() == 1 else None
+    batch_sizes: list[int] = []
+
+    def noting(packs: list[Any]) -> dict[str, Any]:
+        batch_sizes.append(len(packs))
+        return collate(packs)
+
+    def answers(batch_size: int) -> GenerationScore:
+        return scored_answers_about_images(
+            network,
+            images.build_processor(run),
+            rows,
+            noting,  # type: ignore[arg-type]
+            ModuleScore(lambda prediction, row: float(len(row["images"]))),
+            config=EvaluationConfig(limit=10, max_new_tokens=8),
+            batch_size=batch_size,
+            ranks=Ranks(),
+        )
+
+    one_by_one, in_batches = answers(1), answers(4)
+    assert batch_sizes == [1] * 10 + [4, 3, 3]
+    assert len({example["prediction"] for example in one_by_one.examples}) > 3
+    assert in_batches == one_by_one
+    assert [example["prompt"].count("And now?") for example in in_batches.examples] == [n % 4 for n in range(10)]
 
 
 # --- modules written for llama-cookbook
