@@ -177,6 +177,17 @@ def test_what_rows_with_images_cannot_follow_is_refused(make_image_run: MakeRun)
         finetuning.train(run)
 
 
+def test_processes_that_read_ahead_change_no_loss_and_no_weight(make_image_run: MakeRun) -> None:
+    shared = {"total_jobs": 2, "log_every": 1}
+    here = make_image_run("here", training=shared)
+    ahead = make_image_run(
+        "ahead", training={**shared, "arguments": {"report_to": "none", "dataloader_num_workers": 2}}
+    )
+    assert_identical(train_to_the_end(ahead), train_to_the_end(here))
+    losses = [[line["loss"] for line in run.folder.metrics() if "loss" in line] for run in (ahead, here)]
+    assert losses[0] == losses[1] and len(losses[0]) > 4
+
+
 def test_two_blocks_on_a_mixture_of_images_and_texts_equal_one_uninterrupted_run(
     make_image_run: MakeRun, model: Path, tmp_path: Path
 ) -> None:
