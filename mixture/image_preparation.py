@@ -82,8 +82,8 @@ def check_settings(objective: Objective, dataset: DatasetConfig) -> None:
     """Raise ValueError for settings that rows with images cannot follow."""
     if objective != "sft":
         raise ValueError(
-            "rows with images are learned by trainer: finetuning with finetuning.objective: sft alone; leave the "
-            "images out of the rows, or change the objective"
+            "rows with images are learned by trainer: finetuning with finetuning.objective: sft alone, and not by "
+            "preferences, rewards or a teacher; leave the images out of the rows, or change the objective"
         )
     if dataset.over_length in ("split", "truncate"):
         raise ValueError(

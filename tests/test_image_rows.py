@@ -13,6 +13,7 @@ from image_models import TINY_VISION
 from PIL import Image
 
 from jobs.config import PROJECT, read_run_config
+from jobs.preflight import check_run
 from mixture import image_preparation
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
@@ -21,6 +22,7 @@ from mixture.image_preparation import ImageSplitWriter, RowToWrite, module_rows
 from mixture.image_rows import ImageRows, RowEncoder
 from mixture.inspection import check_dataset
 from mixture.prepare import PreparationRequest, PreparedData, load_processor, prepare
+from settings.yaml_tree import ConfigError
 
 HEAD = """
 import io
@@ -219,6 +221,7 @@ def test_images_and_a_model_that_reads_text_only_are_refused(tmp_path: Path) -> 
     ("keys", "said"),
     [
         ({"objective": "pretrain"}, "rows with images are learned by .* sft alone"),
+        ({"objective": "pairs"}, "rows with images are learned by .* sft alone, and not by preferences"),
         ({"over_length": "truncate"}, "dataset.over_length: truncate would cut images in two"),
         ({"mask_rationale": True}, "dataset.mask_rationale: rows with images mark no rationale"),
     ],
@@ -228,6 +231,14 @@ def test_settings_that_rows_with_images_cannot_follow_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         prepared(tmp_path, "[GOOD]", **keys)
+
+
+@pytest.mark.parametrize(
+    "rows", [["--dataset.name", "synthetic_images"], ["--dataset.names", "synthetic_images,synthetic_sums"]]
+)
+def test_preferences_about_images_are_refused_before_anything_is_queued(rows: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"rows with images are learned by .* sft alone, and not by preferences"):
+        check_run(PROJECT / "configs/examples/dpo.yaml", [*rows, "--cluster", "local"])
 
 
 def test_a_processor_that_needs_a_missing_package_is_named(tmp_path: Path) -> None:
