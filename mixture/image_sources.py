@@ -28,7 +28,8 @@ PATH_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff
 ROWS_LOOKED_AT = 100
 """The first rows of a file tell whether it names images."""
 PARQUET_ROWS_AT_ONCE = 16
-"""Images are large, and all of a batch are in memory."""
+PARQUET_BUFFER_BYTES = 1 << 22
+"""Images are large: neither many rows nor a whole column of a row group should be in memory."""
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 """Files that name the images of their folder in the column `file_name`, as Hugging Face datasets read them."""
 
@@ -98,13 +99,17 @@ def as_list(value: Any) -> list[Any]:
 
 
 def file_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file of any kind, the bytes of images as they are; ValueError names the file."""
+    """The rows of a file of any kind, the bytes of images as they are; ValueError names the file, and the row."""
     if kind_of(file) != "parquet":
-        yield from (with_image_column(orjson.loads(line), file) for line in json_lines(file))
+        for number, line in enumerate(json_lines(file)):
+            row = line_row(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"{file}, row {number}: not a JSON object: {line[:80].decode(errors='replace')}")
+            yield with_image_column(row, file)
         return
     try:
         with file.open("rb") as stream:
-            yield from parquet_rows(stream, rows_at_once=PARQUET_ROWS_AT_ONCE)
+            yield from parquet_rows(stream, rows_at_once=PARQUET_ROWS_AT_ONCE, buffer_bytes=PARQUET_BUFFER_BYTES)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -206,7 +211,10 @@ class ImageLines:
 
 def encoded(image: Any) -> bytes:
     """The bytes of an image as they came; of one that was made, as PNG."""
-    return image["bytes"] if isinstance(image, Mapping) else image_file(image)
+    content = image["bytes"] if isinstance(image, Mapping) else image_file(image)
+    if not isinstance(content, bytes):
+        raise ValueError(f"an image's bytes are of type {type(content).__name__}; give a path, or a Parquet file")
+    return content
 
 
 def with_parts(message: Message, names: Iterator[str]) -> Message:

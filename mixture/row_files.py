@@ -220,14 +220,21 @@ def parquet_lines(file: IO[bytes], columns: list[str] | None = None) -> Iterator
 
 
 def parquet_rows(
-    file: IO[bytes], columns: list[str] | None = None, *, rows_at_once: int = PARQUET_BATCH_ROWS
+    file: IO[bytes],
+    columns: list[str] | None = None,
+    *,
+    rows_at_once: int = PARQUET_BATCH_ROWS,
+    buffer_bytes: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet file, read batch by batch; ValueError where it is damaged or lacks a column."""
+    """Rows of a Parquet file, read batch by batch; ValueError where it is damaged or lacks a column.
+
+    `buffer_bytes`: read so much of each column at a time, for rows that are large; 0 reads ahead.
+    """
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file, pre_buffer=True)
+        table = pyarrow.parquet.ParquetFile(file, pre_buffer=not buffer_bytes, buffer_size=buffer_bytes)
         missing = set(columns or ()) - set(table.schema_arrow.names)
         if missing:
             raise ValueError(f"has no column {', '.join(sorted(missing))}, only {', '.join(table.schema_arrow.names)}")

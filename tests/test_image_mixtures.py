@@ -259,7 +259,10 @@ def test_images_in_parquet_files_are_kept_as_they_are_here_and_on_the_hub(
          r"rows.jsonl, row 1: image: no image can be read from .*nowhere.png: No such file"),
         ({"image": "text.png", "question": "q", "answer": "a"},
          r"rows.jsonl, row 1: 4 bytes that cannot be decoded as an image"),
-        ({"question": "<image>q", "answer": "a"}, "row 1: 0 images for 1 places in the messages"),
+        ({"question": "<image>q", "answer": "a"}, "row 1: a place for an image in its text, and no image"),
+        (["image.png"], r"rows.jsonl, row 1: not a JSON object: \[.image.png.\]"),
+        ({"image": {"bytes": "iVBOR", "path": None}, "question": "q", "answer": "a"},
+         "row 1: an image's bytes are of type str; give a path, or a Parquet file"),
         ({"image": "a.png", "label": 3}, "row 1: .*label"),
         ({"image": "a.png", "question": "q", "answer": "a", "mask": {"bytes": "", "path": ""}},
          "row 1: column mask holds an image; they are read from image, images and messages alone"),
@@ -323,3 +326,12 @@ def test_rows_with_and_without_images_are_prepared_in_one_order_with_their_stage
     assert train.stages == [0, sum(result.parts[0].rows.values())]
     assert [row.sample_id for row in ImageRows.open(data.folder, "train")] == [row["id"] for row in rows_of(result)]
     assert test.rows == len(rows_of(result, "test"))
+
+
+def test_a_text_that_speaks_of_an_image_and_has_none_is_left_out_and_counted(folder: Path) -> None:
+    answers = ("<image/>", "<image>")
+    write_rows(folder / "chat.jsonl", [{"question": "An image in SVG?", "answer": answer} for answer in answers])
+    result = mix(folder, "split: {train: 1}\ndatasets: {books: {file: books.py}, chat: {path: chat.jsonl}}")
+    train = prepared(result).splits["train"]
+    assert train is not None and (train.samples, train.rows) == (42, 41)
+    assert train.dropped == {"a place for an image in its text, and no image": 1}
