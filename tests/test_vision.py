@@ -330,3 +330,16 @@ def test_the_example_trains_in_two_chained_blocks_and_answers_questions(tmp_path
         assert run_job(kind, run) == ExitCode.DONE  # type: ignore[arg-type]
     result = json.loads(run.evaluation.read_text())
     assert result["scored_rows"] == 4 and "colour" in str(result["examples"])
+
+
+def test_the_example_of_a_mixture_trains_on_rows_with_images_and_without(tmp_path: Path) -> None:
+    folders = ["--runs_dir", str(tmp_path / "runs"), "--data_dir", str(tmp_path / "data"), "--cluster", "local"]
+    small = ["--training.epochs_per_job", "1", "--training.total_jobs", "1", "--dataset.limit", "24"]
+    checked = check_run(PROJECT / "configs/examples/vision_mixture.yaml", [*folders, *small])
+    run: RunFolder = launch.open_run_folder(checked, plan_run(checked).data_key, print)
+    for kind in ("prepare", "block", "evaluate"):
+        assert run_job(kind, run) == ExitCode.DONE  # type: ignore[arg-type]
+    data = PreparedData.open(next((tmp_path / "data/prepared").iterdir()))
+    assert data is not None and data.splits["train"] is not None
+    assert data.splits["train"].formats.keys() == {"rows with images", "rows without images"}
+    assert json.loads(run.evaluation.read_text())["loss"] < 9
