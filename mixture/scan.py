@@ -458,7 +458,7 @@ class ChunkReader:
     def add_images(self, index: Index, lines: Sequence[bytes], with_parent: set[int]) -> None:
         """Make the images that lines name a part of what makes index rows equal, and let them decide the split."""
         for row, line in enumerate(lines):
-            names = image_names(orjson.loads(line)["image_messages"])
+            names = image_names(orjson.loads(line).get("image_messages", ()))
             if names:
                 digest = xxhash.xxh3_128_intdigest("\n".join(names).encode())
                 index["high"][row] ^= np.uint64(digest >> 64)

@@ -215,6 +215,13 @@ def test_local_rows_name_images_by_paths_in_any_form(folder: Path) -> None:
     ]
 
 
+def test_files_with_images_and_without_are_one_source(folder: Path) -> None:
+    (folder / "a.png").write_bytes(png())
+    write_rows(folder / "rows.jsonl", [{"image": "a.png", "question": "Which?", "answer": "A"}])
+    rows = rows_from(folder, "{path: [rows.jsonl, chat.jsonl]}")
+    assert len(rows) == 61 and [bool(stored(folder, row)) for row in rows[:2]] == [True, False]
+
+
 def test_a_folder_of_images_with_metadata_is_a_source(folder: Path) -> None:
     write_rows(
         folder / "metadata.jsonl",
