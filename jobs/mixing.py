@@ -10,6 +10,7 @@ import orjson
 import xxhash
 
 from jobs.config import PROJECT
+from mixture import dataset_modules
 from mixture.config import DatasetConfig
 from mixture.mixer import folders
 from mixture.mixture_folder import recipe_record
@@ -49,6 +50,17 @@ def placed(mixture: Mixture, data_folder: Path) -> Mixture:
     places = [wanted_places(source, source.split or "train", folders(mixture), PROJECT) for source in mixture.sources]
     refuse_non_commercial([chain[0] for chain in places], allow=mixture.allow_non_commercial)
     return replace(mixture, output_dir=data_folder / "mixtures" / recipe_key(mixture, places))
+
+
+def states_images(mixture: Mixture) -> bool:
+    """Whether a module of the mixture says that its rows hold images."""
+    chains = [wanted_places(source, source.split or "train", folders(mixture), PROJECT) for source in mixture.sources]
+    places = [chain[0] for chain in chains]
+    return any(
+        (place.hub is not None and place.hub.format == "images")
+        or (place.module is not None and dataset_modules.states_images(place.module.path))
+        for place in places
+    )
 
 
 def recipe_key(mixture: Mixture, places: list[list[Place]]) -> str:

@@ -24,7 +24,7 @@ from jobs.engine_checks import find_engines
 from jobs.local import visible_devices
 from jobs.online_checks import find_rewards
 from mixture.config import DatasetConfig
-from mixture.dataset_modules import ModuleFile, check_module, resolve_module
+from mixture.dataset_modules import ModuleFile, check_module, resolve_module, states_images
 from mixture.hub import absolute_data_files
 from mixture.prepare import PreparationRequest
 from mixture.recipe import Mixture
@@ -134,6 +134,8 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
     collect("data_dir", check_writable, config.data_folder)
     if cluster == "slurm":
         collect("slurm", check_partition, config.slurm.partition, config.slurm.time_limit_minutes)
+    if module is not None and states_images(module.path):
+        collect("dataset.name", check_settings_for_images, config)
     if module is not None:
         for key in unread_module_keys(config.dataset, module):
             message = f"dataset.{key}: nothing in {module.path} reads this key; correct or remove it"
@@ -221,6 +223,13 @@ def find_module(dataset: DatasetConfig, config_folder: Path) -> ModuleFile:
     return module
 
 
+def check_settings_for_images(config: RunConfig) -> None:
+    """Raise ValueError where rows with images cannot be learned so."""
+    from mixture.image_preparation import check_settings  # imports that only images pay
+
+    check_settings(config.objective, config.dataset)
+
+
 def find_recipe(dataset: DatasetConfig, config_folder: Path) -> DatasetConfig:
     """The section with the recipe's path absolute.
 
@@ -241,13 +250,16 @@ def find_mixture(dataset: DatasetConfig, config: RunConfig) -> Mixture:
 
     Raises:
         ConfigError: the recipe is wrong, each mistake with its line.
-        ValueError: a file or module of a source is not there.
+        ValueError: a file or module of a source is not there, or its images cannot be learned so.
     """
-    from jobs.mixing import mixture_of, placed  # a second of imports, and only mixtures pay it
+    from jobs import mixing  # a second of imports, and only mixtures pay it
 
-    mixture = mixture_of(dataset, seed=config.seed)
+    mixture = mixing.mixture_of(dataset, seed=config.seed)
     assert mixture is not None
-    return placed(mixture, config.data_folder)
+    mixture = mixing.placed(mixture, config.data_folder)
+    if mixing.states_images(mixture):
+        check_settings_for_images(config)
+    return mixture
 
 
 def mixture_notes(dataset: DatasetConfig) -> list[str]:

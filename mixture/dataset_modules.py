@@ -190,6 +190,17 @@ def defined_names(body: list[ast.stmt]) -> tuple[dict[str, ast.AST], bool]:
     return names, complete
 
 
+def states_images(path: Path) -> bool:
+    """Whether a module's SOURCE says that its rows hold images; the module is read, not run."""
+    definitions, _ = defined_names(parse_module(path).body)
+    source = definitions.get("SOURCE")
+    keywords = source.value.keywords if isinstance(source, ast.Assign) and isinstance(source.value, ast.Call) else []
+    return any(
+        keyword.arg == "format" and isinstance(keyword.value, ast.Constant) and keyword.value.value == "images"
+        for keyword in keywords
+    )
+
+
 # --- loading
 
 

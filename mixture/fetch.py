@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mixture.hub import HubSource, ReadRows
+from mixture.image_files import ImageFolder
+from mixture.image_sources import ImageLines, file_holds_images, file_rows
 from mixture.row_files import json_lines, kind_of, parquet_lines, row_line, write_lines
 
 Result = TypeVar("Result")
@@ -118,8 +120,17 @@ def fetch_split(
 def write_part(
     source: HubSource, file: HubFile, part: Path, task: FetchTask, read_rows: ReadRows | None, max_rows: int | None
 ) -> None:
-    """Write the first `max_rows` rows of a hub file, as the dataset module reads them."""
-    lines = hub_lines(source, file, task)
+    """Write the first `max_rows` rows of a hub file, as the dataset module reads them, and files of their images."""
+    if source.columns and kind_of(file.path) == "parquet":
+        lines: Iterable[bytes] = streamed_columns(source, file, task)
+    else:
+        path = downloaded(source, file, task)
+        if file_holds_images(path):
+            rows = itertools.islice(file_rows(path) if read_rows is None else read_rows(file_rows(path)), max_rows)
+            images = ImageFolder(part.parent.parent)
+            write_lines(ImageLines(images=images, place=f"{source.id}, {file.path}").lines(rows, part), part)
+            return
+        lines = json_lines(path, source.columns)
     if read_rows is not None:
         lines = map(row_line, read_rows(orjson.loads(line) for line in lines))
     write_lines(itertools.islice(lines, max_rows), part)
@@ -181,16 +192,14 @@ def chosen_files(source: HubSource, split: str) -> list[HubFile]:
     return [HubFile(path.removeprefix(head), system.info(path)["size"]) for path in paths]
 
 
-def hub_lines(source: HubSource, file: HubFile, task: FetchTask) -> Iterable[bytes]:
-    """The rows of a hub file: fetched whole into Hugging Face's cache, or only the wanted columns of a Parquet file."""
-    if source.columns and kind_of(file.path) == "parquet":
-        return streamed_columns(source, file, task)
+def downloaded(source: HubSource, file: HubFile, task: FetchTask) -> Path:
+    """A hub file, fetched whole into Hugging Face's cache."""
     from huggingface_hub import hf_hub_download
 
     path = hf_hub_download(
         str(source.id), file.path, repo_type="dataset", revision=source.revision, tqdm_class=task.byte_counter()
     )
-    return json_lines(Path(path), source.columns)
+    return Path(path)
 
 
 def streamed_columns(source: HubSource, file: HubFile, task: FetchTask) -> Iterator[bytes]:

@@ -284,6 +284,11 @@ def read_messages(row: Row) -> Content:
     return {"messages": read_turns(row["messages"], "messages")}
 
 
+def read_image_messages(row: Row) -> Content:
+    """`image_messages`: [{role, content}] as image_sources.py writes them, contents being parts where images stand."""
+    return {"messages": row["image_messages"]}
+
+
 def read_sharegpt(row: Row) -> Content:
     """`conversations`: [{from, value}], with an optional `system` column.
 
@@ -386,6 +391,7 @@ FORMATS = (
     Format("preference", ("prompt", "chosen", "rejected"), read_preference, is_text=True),
     Format("sharegpt preference", ("conversations", "chosen", "rejected"), read_sharegpt_preference, SYSTEM),
     Format("preference", ("chosen", "rejected"), read_implicit_preference),
+    Format("messages about images", ("image_messages",), read_image_messages),
     Format("messages", ("messages",), read_messages),
     Format("sharegpt", ("conversations",), read_sharegpt, SYSTEM, turns_cut),
     Format("alpaca", ("instruction", "output"), read_alpaca, ("input", "history", *SYSTEM), is_text=True),

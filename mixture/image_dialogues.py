@@ -66,6 +66,8 @@ def dialogue_of(row: Row) -> Dialogue:
         content = PLACE * len(images) + messages[first]["content"]
         messages = [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
         places = len(images)
+    if places and not images:
+        raise NotForDialogueError("a place for an image in its text, and no image")
     if places != len(images):
         raise ValueError(f"{len(images)} images for {places} places in the messages; give each place its image")
     return Dialogue(messages, images)

@@ -1,4 +1,5 @@
-"""Rows with images of a dataset module, made ready for training: each collated once to count its tokens, then stored.
+"""Rows with images of a module or a mixture, made ready for training: each collated once to count its tokens, then
+stored.
 
 Collating a row here tells before any GPU is asked for what training would trip over: images that do not decode,
 columns that are missing, answers that teach nothing, rows that are too long.
@@ -23,7 +24,9 @@ import numpy as np
 
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import COLLATOR_FUNCTION, ModuleFile, data_collator, load_module, raise_located
+from mixture.formats import with_messages
 from mixture.image_dialogues import DialogueCollator, NotForDialogueError
+from mixture.image_files import ImageFolder, is_image_part
 from mixture.image_rows import (
     EncodedRow,
     ImageRow,
@@ -34,7 +37,7 @@ from mixture.image_rows import (
     without_decoding,
 )
 from mixture.render import Objective
-from mixture.tokenising import end_with_parent
+from mixture.tokenising import NOTHING, SourceStats, end_with_parent
 
 if TYPE_CHECKING:
     from mixture.prepare import PreparationRequest
@@ -79,8 +82,8 @@ def check_settings(objective: Objective, dataset: DatasetConfig) -> None:
     """Raise ValueError for settings that rows with images cannot follow."""
     if objective != "sft":
         raise ValueError(
-            "rows with images are learned by trainer: finetuning with finetuning.objective: sft alone; leave the "
-            "images out of the rows, or change the objective"
+            "rows with images are learned by trainer: finetuning with finetuning.objective: sft alone, and not by "
+            "preferences, rewards or a teacher; leave the images out of the rows, or change the objective"
         )
     if dataset.over_length in ("split", "truncate"):
         raise ValueError(
@@ -90,26 +93,98 @@ def check_settings(objective: Objective, dataset: DatasetConfig) -> None:
         raise ValueError("dataset.mask_rationale: rows with images mark no rationale; leave the key out")
 
 
+# --- rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowToWrite:
+    """A row as it is stored, and what it is called."""
+
+    sample_id: str
+    source: str
+    content: EncodedRow
+    stage: int = 0
+    place: str
+    """Where it comes from, for errors."""
+
+
+def module_rows(
+    rows: Iterable[Any], module: ModuleFile, split: str, source: str, *, reads_files: bool
+) -> Iterator[RowToWrite]:
+    """The rows of a module's split; ValueError names the one that cannot be stored, and its key."""
+    rows, decodes = without_decoding(rows)
+    encoder = RowEncoder(features_are_images=decodes, reads_files=reads_files)
+    columns: list[str] = []
+    for number, row in enumerate(rows):
+        place = f"{module.path}, {split} row {number}"
+        with naming(place):
+            if number == 0:
+                columns = [key for key, value in row.items() if holds_image(value)]
+            require_columns(row, columns)
+            content = encoder.encoded(row)
+        yield RowToWrite(sample_id=f"{source}-{split}-{number}", source=source, content=content, place=place)
+
+
+def mixture_rows(samples: Iterable[tuple[Row, int]], mixture: Path) -> Iterator[RowToWrite]:
+    """Canonical samples, each with its stage, and the images that they name; ValueError says which cannot be had."""
+    encoder = RowEncoder(features_are_images=True)
+    images = ImageFolder(mixture)
+    for sample, stage in samples:
+        sample = with_messages(dict(sample))
+        source = sample["source"]
+        place = f"{mixture}, row {sample['id']} of {source}"
+        with naming(place):
+            if "messages" not in sample:
+                raise ValueError(
+                    f"it is no conversation, which rows beside images must be: leave {source} out of the mixture"
+                )
+            turns = [with_images(turn, images) for turn in sample["messages"]]
+            content = encoder.encoded({**sample, "messages": turns})
+        yield RowToWrite(sample_id=sample["id"], source=source, content=content, stage=stage, place=place)
+
+
+def with_images(turn: Row, images: ImageFolder) -> Row:
+    """The turn with the files of the images that its parts name."""
+    if isinstance(turn["content"], str):
+        return turn
+    parts = [
+        {**part, "image": {"bytes": images.read(part["image"]), "path": None}} if is_image_part(part) else part
+        for part in turn["content"]
+    ]
+    return {**turn, "content": parts}
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Names the row in the error of what is done with it."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+# --- splits
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSplit:
     """What was written of one split."""
 
-    samples: int
+    formats: Counter[str]
     rows: int
     dropped: dict[str, int]
     longer_than_max_length: int
-    tokens: int
-    loss_tokens: int
+    stages: list[int]
+    """The first row of each stage."""
+    sources: dict[str, SourceStats]
     digest: bytes
 
 
 class ImageSplitWriter:
-    """Writes the splits of a module's rows with images; a context manager."""
+    """Writes the splits of rows with images; a context manager."""
 
     def __init__(self, request: PreparationRequest, processor: Any, folder: Path, workers: int) -> None:
-        assert request.module is not None, "rows with images come from a dataset module"
         self.request = request
-        self.module = request.module
         self.dataset = request.dataset
         self.folder = folder
         self.workers = workers
@@ -125,90 +200,74 @@ class ImageSplitWriter:
         if self.executor is not None:
             self.executor.shutdown(cancel_futures=True)
 
-    def write(self, rows: Iterable[Any], split: str, source: str) -> ImageSplit:
+    def write(self, rows: Iterator[RowToWrite], split: str) -> ImageSplit:
         """Write the rows; ValueError names the row that cannot be learned from, and its key."""
+        formats: Counter[str] = Counter()
         dropped: Counter[str] = Counter()
-        samples = longer = tokens = loss_tokens = 0
+        sources: dict[str, SourceStats] = {}
+        stages = [0]
+        stage = longer = 0
         with (
             ImageRowWriter(self.folder, split, shard_size_mb=self.dataset.shard_size_mb) as writer,
             (self.folder / f"{split}.jsonl").open("wb") as jsonl,
         ):
-            for number, (content, counts) in enumerate(self.counted(self.encoded(rows, split), split)):
-                samples += 1
+            for row, counts in self.counted(rows):
+                formats["rows with images" if row.content.images else "rows without images"] += 1
+                if row.stage != stage and stages[-1] != writer.rows:
+                    stages.append(writer.rows)
+                stage = row.stage
                 if isinstance(counts, str):
                     dropped[counts] += 1
-                    continue
-                if counts.tokens > self.dataset.max_length:
+                elif counts.tokens > self.dataset.max_length:
                     longer += 1
                     dropped["longer than max_length"] += 1
-                    continue
-                if not counts.loss_tokens:
+                elif not counts.loss_tokens:
                     dropped["no token to learn from"] += 1
-                    continue
-                sample_id = f"{source}-{split}-{number}"
-                writer.add(ImageRow(sample_id, source, content, counts.tokens, counts.loss_tokens))
-                jsonl.write(content.text + b"\n")
-                tokens += counts.tokens
-                loss_tokens += counts.loss_tokens
+                else:
+                    writer.add(ImageRow(row.sample_id, row.source, row.content, counts.tokens, counts.loss_tokens))
+                    jsonl.write(row.content.text + b"\n")
+                    own = SourceStats(samples=1, rows=1, tokens=counts.tokens, loss_tokens=counts.loss_tokens)
+                    sources[row.source] = sources.get(row.source, NOTHING) + own
+        if stages[-1] == writer.rows > 0:
+            stages.pop()  # nothing is left of the last stage
         return ImageSplit(
-            samples=samples,
+            formats=formats,
             rows=writer.rows,
             dropped=dict(dropped),
             longer_than_max_length=longer,
-            tokens=tokens,
-            loss_tokens=loss_tokens,
+            stages=stages,
+            sources=sources,
             digest=writer.digest,
         )
 
-    def encoded(self, rows: Iterable[Any], split: str) -> Iterator[EncodedRow]:
-        """The rows as they are stored."""
-        rows, decodes = without_decoding(rows)
-        encoder = RowEncoder(features_are_images=decodes, reads_files=not self.counter.is_own)
-        columns: list[str] = []
-        for number, row in enumerate(rows):
-            with naming(self.module, split, number):
-                if number == 0:
-                    columns = [key for key, value in row.items() if holds_image(value)]
-                require_columns(row, columns)
-                content = encoder.encoded(row)
-            yield content
-
-    def counted(self, rows: Iterator[EncodedRow], split: str) -> Iterator[tuple[EncodedRow, TokenCounts | str]]:
+    def counted(self, rows: Iterator[RowToWrite]) -> Iterator[tuple[RowToWrite, TokenCounts | str]]:
         """Each row, in order, with its tokens or the reason to leave it out; the first ones here, many by workers."""
-        number = 0
-        for number, content in enumerate(islice(rows, ROWS_COUNTED_HERE)):
-            with naming(self.module, split, number):
-                counts = self.counter(content)
-            yield content, counts
+        yield from map(self.counted_here, islice(rows, ROWS_COUNTED_HERE))
         following = list(islice(rows, 1))
-        rest = enumerate(chain(following, rows), number + 1)
         if not following:
             return
-        if self.workers == 1:
-            for number, content in rest:
-                with naming(self.module, split, number):
-                    counts = self.counter(content)
-                yield content, counts
-            return
-        yield from self.counted_by_workers(rest, split)
+        rest = chain(following, rows)
+        yield from map(self.counted_here, rest) if self.workers == 1 else self.counted_by_workers(rest)
 
-    def counted_by_workers(
-        self, rows: Iterator[tuple[int, EncodedRow]], split: str
-    ) -> Iterator[tuple[EncodedRow, TokenCounts | str]]:
+    def counted_here(self, row: RowToWrite) -> tuple[RowToWrite, TokenCounts | str]:
+        with naming(row.place):
+            return row, self.counter(row.content)
+
+    def counted_by_workers(self, rows: Iterator[RowToWrite]) -> Iterator[tuple[RowToWrite, TokenCounts | str]]:
         if self.executor is None:
             # Fresh processes: modules and processors bring torch, whose threads do not survive a fork.
             context = multiprocessing.get_context("spawn")
             self.executor = ProcessPoolExecutor(self.workers, context, start_worker, (self.request, os.getpid()))
-        pending: deque[tuple[int, EncodedRow, Future[TokenCounts | str]]] = deque()
+        pending: deque[tuple[RowToWrite, Future[TokenCounts | str]]] = deque()
 
-        def oldest() -> tuple[EncodedRow, TokenCounts | str]:
-            number, content, counts = pending.popleft()
-            with naming(self.module, split, number):
-                return content, counts.result()
+        def oldest() -> tuple[RowToWrite, TokenCounts | str]:
+            row, counts = pending.popleft()
+            with naming(row.place):
+                return row, counts.result()
 
         try:
-            for number, content in rows:
-                pending.append((number, content, self.executor.submit(count_in_worker, content)))
+            for row in rows:
+                pending.append((row, self.executor.submit(count_in_worker, row.content)))
                 if len(pending) > ROWS_AHEAD * self.workers:
                     yield oldest()
             while pending:
@@ -217,19 +276,10 @@ class ImageSplitWriter:
             raise RuntimeError("a worker that reads images was ended from outside (out of memory?)") from error
 
 
-@contextmanager
-def naming(module: ModuleFile, split: str, number: int) -> Iterator[None]:
-    """Names the row in the error of what is done with it."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{module.path}, {split} row {number}: {error}") from error
-
-
 class TokenCounter:
     """Counts the tokens of stored rows, as the collator makes them of each row alone."""
 
-    def __init__(self, module: ModuleFile, processor: Any, dataset: DatasetConfig) -> None:
+    def __init__(self, module: ModuleFile | None, processor: Any, dataset: DatasetConfig) -> None:
         self.module = module
         self.collate, self.is_own = collator_for(module, processor, dataset)
 
@@ -241,7 +291,7 @@ class TokenCounter:
         except NotForDialogueError as error:
             return str(error)
         except Exception as error:
-            if self.is_own:
+            if self.is_own and self.module is not None:
                 raise_located(error, self.module.path, f"in the result of {COLLATOR_FUNCTION}")
             raise
 
@@ -255,7 +305,6 @@ def start_worker(request: PreparationRequest, parent: int) -> None:
 
     global counter_of_worker
     end_with_parent(parent)
-    assert request.module is not None
     counter_of_worker = TokenCounter(request.module, load_processor(request), request.dataset)
 
 

@@ -21,6 +21,7 @@ from mixture.dataset_modules import load_rows, resolve_module
 from mixture.decontamination import Contamination
 from mixture.dedup import UniqueRows, find_duplicates
 from mixture.filters import compile_keep, keep_key
+from mixture.image_files import ImageCounts, ImageFolder, take_images
 from mixture.mix import MixPlan, Supply, render_plan, size, solve
 from mixture.mixture_folder import (
     ATTRIBUTION,
@@ -43,6 +44,7 @@ from mixture.mixture_folder import (
 from mixture.near_duplicates import find_near_duplicates
 from mixture.recipe import Mixture, SourceConfig, read_mixture
 from mixture.rejected import write_rejected
+from mixture.row_files import json_lines
 from mixture.scan import FORMAT_VERSION as scan_version
 from mixture.scan import Scan, ScanSource, scan_key, scan_sources
 from mixture.scatter import FORMAT_VERSION as scatter_version
@@ -335,8 +337,10 @@ def by_priority(mixture: Mixture) -> list[SourceConfig]:
 
 
 def scan_source(source: SourceConfig, opened: OpenedSource) -> ScanSource:
-    """What is scanned of a source."""
+    """What is scanned of a source. ValueError: a format is given for rows with images, which are messages by now."""
     licence = opened.origin.licence
+    if opened.images is not None and source.format != "auto":
+        raise ValueError(f"datasets.{source.name}.format: rows with images are read as they are; leave it out")
     return ScanSource(
         name=source.name,
         files=opened.files,
@@ -344,6 +348,7 @@ def scan_source(source: SourceConfig, opened: OpenedSource) -> ScanSource:
         format=source.format,
         keep=compile_keep(source.filters, source_licence=licence),
         keep_key=keep_key(source.filters, source_licence=licence),
+        has_images=opened.images is not None,
     )
 
 
@@ -414,7 +419,14 @@ def planned(mixture: Mixture, first: PassOne) -> MixPlan:
     """The plan of a mixture whose sources are here."""
     plan = solve(first.supplies, mixture)
     return replace(
-        plan, notes=(*plan.notes, *stage_notes(mixture, plan), *contamination_notes(first), token_note(mixture))
+        plan,
+        notes=(
+            *plan.notes,
+            *stage_notes(mixture, plan),
+            *contamination_notes(first),
+            *image_notes(first),
+            token_note(mixture),
+        ),
     )
 
 
@@ -452,6 +464,15 @@ def contamination_notes(first: PassOne) -> list[str]:
     ]
 
 
+def image_notes(first: PassOne) -> list[str]:
+    """Sources with images, and that these are not among the tokens."""
+    return [
+        f"{name}: its rows hold {counts.images:,} images, whose tokens depend on the model and are not counted"
+        for name, counts in first.scan.sources.items()
+        if counts.images
+    ]
+
+
 def dry_plan(mixture: Mixture, data_dir: Path, report: Report, workers: int) -> MixPlan:
     """The plan without fetching: exact for what is on this machine, estimated for what is not."""
     needs = needs_of(mixture)
@@ -469,7 +490,7 @@ def dry_plan(mixture: Mixture, data_dir: Path, report: Report, workers: int) -> 
         opened = open_sources(here, max_rows=limits, allow_non_commercial=mixture.allow_non_commercial, **places)
         first = pass_one(part, opened, data_dir, report, workers)
         supplies |= first.supplies
-        notes = contamination_notes(first)
+        notes = [*contamination_notes(first), *image_notes(first)]
     plan = solve(supplies, mixture)
     notes += stage_notes(mixture, plan) if not away else []
     notes += [
@@ -520,7 +541,8 @@ def make(
         check_frozen(plain(lock_record(key, mixture, first.opened, plan, WrittenFiles(stats={}))), lock)
     take_folder(folder, key)
     written = write_rows(mixture, folder, first, plan, report, workers)
-    write_statistics(folder, plan, written)
+    images = bring_images(first.opened, folder, written)
+    write_statistics(folder, plan, written, images)
     write_rejected(folder / REJECTED, first.scan.rejections())
     write_attribution(folder / ATTRIBUTION, [source.origin for source in first.opened])
     if first.contamination:
@@ -530,7 +552,7 @@ def make(
     if lock is not None:
         check_frozen(record, lock)
     write_json(folder / LOCK, record)
-    finish_folder(folder, key, written.mixed or written.categories)
+    finish_folder(folder, key, written.mixed or written.categories, has_images=images is not None)
 
 
 def write_rows(
@@ -563,6 +585,19 @@ def write_rows(
     return WrittenFiles(
         mixed=tuple(mixed.parts), categories=tuple(categories.parts), stats=categories.stats or mixed.stats
     )
+
+
+def bring_images(opened: Sequence[OpenedSource], folder: Path, written: WrittenFiles) -> ImageCounts | None:
+    """Put the images that the rows name beside them, and count those of training; None where no source has any."""
+    from_sources = next((source.images for source in opened if source.images is not None), None)
+    if from_sources is None:
+        return None
+    counts = {}
+    for split in ("test", "train"):
+        files = [folder / part.file for part in written.mixed or written.categories if part.split == split]
+        lines = (line for file in files for line in json_lines(file))
+        counts[split] = take_images(lines, ImageFolder(folder), from_sources)
+    return counts["train"]
 
 
 def read_categories(path: Path) -> WrittenMixture:
@@ -627,7 +662,11 @@ class DatasetMixer:
         assert result.folder is not None
         output = Path(output_file)
         output.parent.mkdir(parents=True, exist_ok=True)
-        join_files([result.folder / part.file for part in parts], output)
+        files = [result.folder / part.file for part in parts]
+        join_files(files, output)
+        if ImageFolder(result.folder).has_any:
+            lines = (line for file in files for line in json_lines(file))
+            take_images(lines, ImageFolder(output.parent), ImageFolder(result.folder))
         return str(output_file)
 
 

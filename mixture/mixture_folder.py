@@ -9,6 +9,8 @@ from typing import Any
 
 import orjson
 
+from mixture.image_files import FOLDER as IMAGES
+from mixture.image_files import ImageCounts, ImageFolder
 from mixture.mix import MixPlan, PlannedSource, Supply
 from mixture.recipe import Mixture
 from mixture.scatter import TextStats, WrittenPart
@@ -16,7 +18,7 @@ from mixture.sources import OpenedSource, Origin
 from mixture.whole_files import remove_leftovers, whole_file, write_whole
 
 MARKER = "MIXED"
-"""Written last: the key and the parts, in order. A folder without it holds no mixture."""
+"""Written last: the key and the parts, in order, and whether rows name images. A folder without it holds no mixture."""
 MIXING = "MIXING"
 """Written first: the key of the mixture that is being made."""
 LOCK = "mixture.lock.json"
@@ -26,7 +28,7 @@ ATTRIBUTION = "ATTRIBUTION.md"
 
 OWN_FILES = (
     *("train-[0-9]*.jsonl*", "test-[0-9]*.jsonl*", "*/*.jsonl", "*/*.jsonl.zst", "*/*.stats.json"),
-    *("parts.json", "categories.json", LOCK, SUMMARY, REJECTED, ATTRIBUTION, "contamination.json"),
+    *("parts.json", "categories.json", LOCK, SUMMARY, REJECTED, ATTRIBUTION, "contamination.json", f"{IMAGES}/??/*"),
 )
 """What a mixture's folder may hold of the mixture."""
 
@@ -75,9 +77,9 @@ def take_folder(folder: Path, key: str) -> None:
     write_whole(mixing, key.encode())
 
 
-def finish_folder(folder: Path, key: str, parts: Sequence[WrittenPart]) -> None:
+def finish_folder(folder: Path, key: str, parts: Sequence[WrittenPart], *, has_images: bool = False) -> None:
     """Say that the mixture is whole."""
-    content = {"key": key, "parts": [asdict(part) for part in parts]}
+    content = {"key": key, "parts": [asdict(part) for part in parts], **({"has_images": True} if has_images else {})}
     with whole_file(folder / MARKER, synced=True) as file:
         file.write(orjson.dumps(content, option=orjson.OPT_INDENT_2))
     for name in (MIXING, "parts.json", "categories.json"):  # what only an unfinished mixture needs
@@ -87,14 +89,17 @@ def finish_folder(folder: Path, key: str, parts: Sequence[WrittenPart]) -> None:
 # --- statistics
 
 
-def write_statistics(folder: Path, plan: MixPlan, written: WrittenFiles) -> None:
-    """SOURCE.stats.json beside each file of a category, and download_summary.json."""
+def write_statistics(folder: Path, plan: MixPlan, written: WrittenFiles, images: ImageCounts | None) -> None:
+    """SOURCE.stats.json beside each file of a category, and download_summary.json; with images also how many."""
     own_files = {(part.split, source): part.file for part in written.categories for source in part.rows}
     datasets = {}
     for source in plan.sources:
         file = own_files.get(("train", source.name))
         output_file = str((folder / file).absolute()) if file else str(folder.absolute())
         datasets[source.name] = source_statistics(source, written.stats.get(("train", source.name)), output_file)
+        if images is not None:
+            of_source = {"rows_with_images": images.rows[source.name], "images": images.images[source.name]}
+            datasets[source.name] |= of_source
         if file:
             write_json(folder / f"{file.partition('.jsonl')[0]}.stats.json", datasets[source.name])
     categories: dict[str, dict[str, Any]] = {}
@@ -104,12 +109,15 @@ def write_statistics(folder: Path, plan: MixPlan, written: WrittenFiles) -> None
         category["samples"] += own["samples"]
         category["size_mb"] = round(category["size_mb"] + own["size_mb"], 2)
         category["datasets"].append(source.name)
-    summary = {
+    summary: dict[str, Any] = {
         "total_samples": sum(own["samples"] for own in datasets.values()),
         "total_size_mb": round(sum(own["size_mb"] for own in datasets.values()), 2),
         "categories": categories,
         "datasets": datasets,
     }
+    if images is not None:
+        sizes = list(ImageFolder(folder).sizes())
+        summary["image_files"] = {"files": len(sizes), "size_mb": round(sum(sizes) / (1 << 20), 2)}
     write_json(folder / SUMMARY, summary)
 
 

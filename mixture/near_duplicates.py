@@ -91,10 +91,12 @@ def signature_class() -> Any:
 
 
 def sign_chunk(scan: Scan, gone: RowIds, folder: Path, minhash: Any, chunk: Chunk) -> None:
-    """Write the signatures of one chunk's rows, without those that are gone."""
+    """Write the signatures of one chunk's rows, without those that are gone; of rows about images, whose texts are
+    often alike, none."""
     first, end = np.searchsorted(gone, np.array([chunk.number << 32, (chunk.number + 1) << 32], np.uint64))
     own = set(gone[first:end].tolist())
-    texts = ((row_id, text) for row_id, text in scan.chunk_texts(chunk) if row_id not in own)
+    chunk_texts = iter(()) if chunk.source.has_images else scan.chunk_texts(chunk)
+    texts = ((row_id, text) for row_id, text in chunk_texts if row_id not in own)
     with whole_file(chunk_file(folder, chunk)) as file:
         for batch in batches(texts):
             rows = np.empty(len(batch), SIGNED)

@@ -10,11 +10,11 @@ import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import orjson
@@ -34,6 +34,9 @@ from mixture.shards import TokenWriter, write_packs
 from mixture.tokenising import NOTHING, LineBatch, SourceStats, Tokenising, line_batches, read_samples
 from mixture.whole_files import write_whole
 from mixture.workers import default_workers
+
+if TYPE_CHECKING:
+    from mixture.image_preparation import RowToWrite
 
 FORMAT_VERSION = 2
 """Raised whenever the same inputs give other token rows or other files, so that old folders are not taken for new."""
@@ -297,7 +300,8 @@ def write_prepared(request: PreparationRequest, folder: Path, report: Report, wo
         dataset = replace(dataset, packing=False)  # what is packed are answers, once they are written
     # All splits before any is written: a missing test split should not cost the time of writing the train split.
     rows = rows_of_module(request, processor, report)
-    if rows and rows.hold_images:
+    has_images = rows.hold_images if rows else mixture_has_images(request, processor)
+    if has_images:
         dataset = replace(dataset, packing=False)
         splits = write_image_splits(request, rows, processor, folder, workers)
     else:
@@ -314,7 +318,7 @@ def write_prepared(request: PreparationRequest, folder: Path, report: Report, wo
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint.hexdigest(),
         "has_score": request.module is not None and score_function(request.module) is not None,
-        "has_images": bool(rows and rows.hold_images),
+        "has_images": has_images,
         "objective": request.objective,
         "tokenizer": request.tokenizer,
         "mixture": str(request.mixture) if request.mixture else None,
@@ -358,38 +362,56 @@ def write_token_splits(
 
 
 def write_image_splits(
-    request: PreparationRequest, rows: RowsOfModule, processor: Any, folder: Path, workers: int
+    request: PreparationRequest, rows: RowsOfModule | None, processor: Any, folder: Path, workers: int
 ) -> Iterator[WrittenSplit]:
     """Write rows with images, each a pack of its own."""
     from mixture.image_preparation import ImageSplitWriter, check_settings
 
-    assert request.mixture is None, "answers are written to texts only, so no mixture of them stands beside images"
     check_settings(request.objective, request.dataset)
     with ImageSplitWriter(request, processor, folder, workers) as writer:
-        for name, split in (("train", rows.train), ("test", rows.test)):
-            found = writer.write(split, name, rows.source)
-            if not found.samples:
-                raise ValueError(f"split {name}: {rows.module.path} returned 0 rows")
+        for name, split in image_splits(request, rows, reads_files=not writer.counter.is_own).items():
+            found = writer.write(split, name)
+            samples = found.formats.total()
+            if not samples:
+                raise ValueError(f"split {name}: {rows.module.path if rows else request.mixture} returned 0 rows")
             if not found.rows:
-                raise nothing_left(name, found.samples, found.dropped)
-            write_packs(folder, name, single_packs(found.rows))
-            source = SourceStats(
-                samples=found.samples, rows=found.rows, tokens=found.tokens, loss_tokens=found.loss_tokens
-            )
+                raise nothing_left(name, samples, found.dropped)
+            packs = single_packs(found.rows, found.stages)
+            write_packs(folder, name, packs)
             stats = SplitStats(
-                samples=found.samples,
-                formats={"rows with images": found.samples},
+                samples=samples,
+                formats=dict(found.formats),
                 rows=found.rows,
                 dropped=found.dropped,
                 longer_than_max_length=found.longer_than_max_length,
                 rationale_tokens=0,
-                tokens=found.tokens,
-                loss_tokens=found.loss_tokens,
+                tokens=sum(source.tokens for source in found.sources.values()),
+                loss_tokens=sum(source.loss_tokens for source in found.sources.values()),
                 packs=found.rows,
-                stages=[0],
-                sources={rows.source: source},
+                stages=found.stages,
+                sources=found.sources,
             )
-            yield WrittenSplit(name, stats, found.digest)
+            # Only where there are several stages: rows in one had no more than their own digest before.
+            yield WrittenSplit(name, stats, found.digest + (packs.stages.tobytes() if len(packs.stages) > 1 else b""))
+
+
+def image_splits(
+    request: PreparationRequest, rows: RowsOfModule | None, *, reads_files: bool
+) -> dict[str, Iterator[RowToWrite]]:
+    """The rows with images of each split, of a module or of a mixture."""
+    from mixture.image_preparation import mixture_rows, module_rows
+
+    if rows is None:
+        assert request.mixture is not None
+        return {
+            name: mixture_rows(split.samples(), request.mixture)
+            for name, split in mixture_splits(request, folder=request.mixture).items()
+        }
+    assert request.mixture is None, "answers are written to texts only, so no mixture of them stands beside images"
+    return {
+        name: module_rows(split, rows.module, name, rows.source, reads_files=reads_files)
+        for name, split in (("train", rows.train), ("test", rows.test))
+    }
 
 
 def nothing_left(name: str, samples: int, dropped: dict[str, int] | Counter[str]) -> ValueError:
@@ -522,7 +544,7 @@ class SplitWriter:
 
 def input_splits(
     request: PreparationRequest, rows: RowsOfModule | None, folder: Path, report: Report
-) -> dict[str, SplitInput]:
+) -> Mapping[str, SplitInput]:
     """The splits of a request; a module writes its rows to `folder` while they are read."""
     if rows is None:
         return mixture_splits(request, folder)
@@ -694,7 +716,20 @@ def mixture_parts(mixture: Path) -> list[MixturePart]:
     return [MixturePart(mixture / part["file"], part["split"], part["stage"]) for part in parts]
 
 
-def mixture_splits(request: PreparationRequest, folder: Path) -> dict[str, SplitInput]:
+def mixture_has_images(request: PreparationRequest, processor: Any) -> bool:
+    """Whether the rows of a mixture name images; ValueError where they do and the model reads none."""
+    assert request.mixture is not None
+    if not orjson.loads(mixture_marker(request.mixture).read_bytes()).get("has_images", False):
+        return False
+    if getattr(processor, "image_processor", None) is None:
+        raise ValueError(
+            f"{request.mixture}: rows of the mixture hold images, and model.name has a {type(processor).__name__}, "
+            "which reads text only; name an image-text model, whose folder has a processor, or leave those sources out"
+        )
+    return True
+
+
+def mixture_splits(request: PreparationRequest, folder: Path) -> dict[str, MixtureRows]:
     """The splits of a mixture: `train`, and its `test` or `validation` split as `test`; prompts go to `folder`."""
     assert request.mixture is not None
     parts = mixture_parts(request.mixture)
@@ -736,6 +771,11 @@ class MixtureRows:
                     if self.prompts:
                         self.prompts.extend(read_samples(batch))
                     yield batch
+
+    def samples(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """The samples as they are written, each with its stage."""
+        for batch in self.batches():
+            yield from ((orjson.loads(line), batch.stage) for line in batch.lines)
 
     def finish(self) -> None:
         """Write the index of prompts; all other samples stay in the mixture."""

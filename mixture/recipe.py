@@ -92,7 +92,8 @@ class SourceConfig:
     """Share of the whole mix, categories multiplied in. None for all sources: each row once."""
 
     path: str | list[str] | None = None
-    """Files, folders or globs; relative ones start at the recipe's folder."""
+    """Files, folders or globs; relative ones start at the recipe's folder. Paths of images in their rows start at the
+    folder of the file that names them."""
 
     hub: str | None = None
     """Hub data set: ORG/NAME[:CONFIG][@REVISION]."""

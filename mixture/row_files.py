@@ -215,18 +215,31 @@ def text_lines(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def parquet_lines(file: IO[bytes], columns: list[str] | None = None) -> Iterator[bytes]:
-    """Rows of a Parquet file, read batch by batch; of `columns` only, if given, nothing else is read or fetched."""
+    """Rows of a Parquet file as lines; of `columns` only, if given, nothing else is read or fetched."""
+    yield from map(row_line, parquet_rows(file, columns))
+
+
+def parquet_rows(
+    file: IO[bytes],
+    columns: list[str] | None = None,
+    *,
+    rows_at_once: int = PARQUET_BATCH_ROWS,
+    buffer_bytes: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file, read batch by batch; ValueError where it is damaged or lacks a column.
+
+    `buffer_bytes`: read so much of each column at a time, for rows that are large; 0 reads ahead.
+    """
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file, pre_buffer=True)
+        table = pyarrow.parquet.ParquetFile(file, pre_buffer=not buffer_bytes, buffer_size=buffer_bytes)
         missing = set(columns or ()) - set(table.schema_arrow.names)
         if missing:
             raise ValueError(f"has no column {', '.join(sorted(missing))}, only {', '.join(table.schema_arrow.names)}")
-        for batch in table.iter_batches(PARQUET_BATCH_ROWS, columns=columns):
-            for row in batch.to_pylist():
-                yield row_line(row)
+        for batch in table.iter_batches(rows_at_once, columns=columns):
+            yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise ValueError(f"damaged, or no Parquet file: {error}") from error
 

@@ -21,7 +21,7 @@ constant ("too short", "licence not allowed"); what differs from row to row goes
 workers: they need not be picklable, and what they change in memory is lost.
 
 A row with `parent`, in a column or in its metadata, belongs to that conversation: all rows of one parent go to the same
-split.
+split; without a parent, so do all rows about the same images. Rows are the same where both text and images are.
 
 Files in the folder: NNNNNN.index, the rows of a chunk as INDEX; NNNNNN.json, its counts, written last; plan.json.
 """
@@ -45,6 +45,7 @@ import xxhash
 
 from mixture.fingerprints import fingerprints
 from mixture.formats import Content, Row, read_content
+from mixture.image_files import image_names
 from mixture.plain_text import text_reader
 from mixture.whole_files import remove_leftovers, whole_file, write_whole
 from mixture.workers import Report, run_tasks
@@ -96,6 +97,8 @@ class ScanSource:
     keep: Keep | None = None
     keep_key: str = ""
     """Changes whenever `keep` does: a scan is taken up again only where sources, files and keep_key are the same."""
+    has_images: bool = False
+    """Whether its rows name images, see image_files.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,8 @@ class SourceCounts:
     file_bytes: int
     text_bytes: int
     """UTF-8 bytes of the kept rows' plain text; tokens are estimated from them."""
+    images: int = 0
+    """Named in the kept rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +152,7 @@ class ChunkCounts:
     dropped: dict[str, int]
     text_bytes: int
     rejections: list[dict[str, Any]]
+    images: int = 0
 
 
 @dataclass(frozen=True)
@@ -201,6 +207,7 @@ class Scan:
             dropped=dict(sorted(dropped.items())),
             file_bytes=sum(chunk.end - chunk.start for chunk, _ in own),
             text_bytes=sum(counts.text_bytes for _, counts in own),
+            images=sum(counts.images for _, counts in own),
         )
 
     def index(self, chunk: Chunk) -> Index:
@@ -279,7 +286,7 @@ def scan_key(sources: Sequence[ScanSource]) -> str:
     parts: list[Any] = [FORMAT_VERSION, CHUNK_BYTES, MAX_LINE_BYTES]
     for source in sources:
         files = [[str(file), *size_and_time(source, file)] for file in source.files]
-        parts.append([source.name, source.format, source.keep_key, files])
+        parts.append([source.name, source.format, source.keep_key, files, *(["images"] if source.has_images else [])])
     return xxhash.xxh3_64_hexdigest(orjson.dumps(parts))
 
 
@@ -381,6 +388,7 @@ class ChunkReader:
         self.text_bytes = 0
         self.dropped: Counter[str] = Counter()
         self.rejections: list[dict[str, Any]] = []
+        self.images = 0
 
     def read_block(self, lines: Sequence[bytes], first_offset: int) -> Index:
         """The index rows of the lines that are kept."""
@@ -421,6 +429,8 @@ class ChunkReader:
             prompts.append(prompt)
             kept.append(place)
         index = self.index(texts, prompts, parents)
+        if source.has_images:
+            self.add_images(index, [lines[place] for place in kept], {row for row, _ in parents})
         sizes = np.fromiter(map(len, lines), np.int64, len(lines))
         index["offset"] = (first_offset + np.cumsum(sizes) - sizes)[kept]
         index["size"] = sizes[kept] - 1
@@ -445,6 +455,18 @@ class ChunkReader:
         self.text_bytes += int(found.text_bytes.sum())
         return index
 
+    def add_images(self, index: Index, lines: Sequence[bytes], with_parent: set[int]) -> None:
+        """Make the images that lines name a part of what makes index rows equal, and let them decide the split."""
+        for row, line in enumerate(lines):
+            names = image_names(orjson.loads(line).get("image_messages", ()))
+            if names:
+                digest = xxhash.xxh3_128_intdigest("\n".join(names).encode())
+                index["high"][row] ^= np.uint64(digest >> 64)
+                index["low"][row] ^= np.uint64(digest & (1 << 64) - 1)
+                if row not in with_parent:
+                    index["group"][row] = np.uint64(digest >> 64)
+                self.images += len(names)
+
     def skip_line(self, size: int) -> None:
         """Leave out a line that is too long to be read."""
         self.reject(0, f"line too long: {size} bytes, at most {MAX_LINE_BYTES}", b"")
@@ -466,7 +488,7 @@ class ChunkReader:
         """Counts of the whole chunk."""
         dropped = dict(sorted(self.dropped.items()))
         read = self.kept + self.dropped.total()
-        return ChunkCounts(self.lines, read, self.kept, dropped, self.text_bytes, self.rejections)
+        return ChunkCounts(self.lines, read, self.kept, dropped, self.text_bytes, self.rejections, self.images)
 
 
 def line_number(chunk: Chunk, offset: int) -> int:

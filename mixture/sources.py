@@ -14,9 +14,12 @@ import xxhash
 from rich.console import Console
 
 from mixture.config import DatasetConfig
-from mixture.dataset_modules import ModuleFile, load_module, load_rows, resolve_module
+from mixture.dataset_modules import COLLATOR_FUNCTION, ModuleFile, load_module, load_rows, resolve_module
 from mixture.fetch import FetchDisplay, FetchTask, HubUnavailableError, fetch_split, fetched, hub_files, pinned
 from mixture.hub import HubRows, HubSource, ReadRows
+from mixture.image_files import ImageFolder
+from mixture.image_rows import without_decoding
+from mixture.image_sources import NOTE, ImageLines, file_holds_images, file_rows, has_image, rows_with_first
 from mixture.row_files import ENDINGS, is_plain_jsonl, json_lines, kind_of, row_line, write_lines
 
 FORMAT_VERSION = 1
@@ -93,6 +96,8 @@ class OpenedSource:
     origin: Origin
     files: tuple[Path, ...]
     """JSONL, uncompressed, in the order in which they are to be read; never to be written to."""
+    images: ImageFolder | None = None
+    """Where the images lie that rows name; None: they name none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -449,10 +454,12 @@ def open_place(
     if place.hub is not None:
         return open_hub(place, place.hub, task, data_dir, max_rows, allow_non_commercial)
     if place.module is not None:
-        return open_module(place, place.module, data_dir)
-    files = tuple(file if is_plain_jsonl(file) else converted_file(file, data_dir, task) for file in place.files)
+        return open_module(place, place.module, task, data_dir)
+    files = tuple(scannable_file(file, data_dir, task) for file in place.files)
     listed = ", ".join(str(file) for file in place.files[:3]) + (" …" if len(place.files) > 3 else "")
-    return OpenedSource(origin=place.origin(listed, content_hash(place.files)), files=files)
+    converted = [file for file in files if file not in place.files]
+    origin = place.origin(listed, content_hash(place.files))
+    return OpenedSource(origin=origin, files=files, images=images_named(converted, data_dir))
 
 
 def open_hub(
@@ -472,7 +479,8 @@ def open_hub(
     use = forbids_or_none(done.licence) if place.commercial_use is None else place.commercial_use
     name = f"{hub.id}:{hub.config}" if hub.config else str(hub.id)
     more = {"licence": done.licence, "commercial_use": use, "max_rows": max_rows, "rows": done.rows}
-    return OpenedSource(origin=place.origin(name, done.revision, **more), files=done.files)
+    origin = place.origin(name, done.revision, **more)
+    return OpenedSource(origin=origin, files=done.files, images=images_named(done.files, data_dir))
 
 
 def settled(place: Place, hub: HubSource, folder: Path, task: FetchTask) -> HubSource:
@@ -493,28 +501,53 @@ def hub_folder(place: Place, hub: HubSource, data_dir: Path, max_rows: int | Non
 def source_folder(data_dir: Path, label: str, fields: list[Any]) -> Path:
     """data_dir/sources/LABEL-HASH."""
     key = xxhash.xxh3_64_hexdigest(orjson.dumps([FORMAT_VERSION, *fields]))
-    return data_dir / "sources" / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', label)[:48]}-{key}"
+    return images_of_sources(data_dir).folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', label)[:48]}-{key}"
 
 
-def converted_file(file: Path, data_dir: Path, task: FetchTask) -> Path:
-    """The file as JSONL, converted once: again only where it has changed."""
+def images_of_sources(data_dir: Path) -> ImageFolder:
+    """Where the images of all sources lie."""
+    return ImageFolder(data_dir / "sources")
+
+
+def images_named(parts: Sequence[Path], data_dir: Path) -> ImageFolder | None:
+    """Where the images lie that parts name which were written here; None where they name none."""
+    named = any((part.parent / NOTE).is_file() for part in parts)
+    return images_of_sources(data_dir) if named else None
+
+
+def scannable_file(file: Path, data_dir: Path, task: FetchTask) -> Path:
+    """The file itself where it can be scanned as it is; else as JSONL, converted once: again where it has changed."""
+    if is_plain_jsonl(file) and not file_holds_images(file):
+        return file
     state = file.stat()
     part = source_folder(data_dir, file.name, [str(file), state.st_size, state.st_mtime_ns]) / "part-00000.jsonl"
     if not part.exists():
         task.say(f"converting {file.name}, {state.st_size / 1e6:.1f} MB")
-        write_lines(json_lines(file), part)
+        if file_holds_images(file):
+            lines = ImageLines(images=images_of_sources(data_dir), place=str(file), folder=file.parent)
+            write_lines(lines.lines(file_rows(file), part), part)
+        else:
+            write_lines(json_lines(file), part)
     return part
 
 
-def open_module(place: Place, module: ModuleFile, data_dir: Path) -> OpenedSource:
+def open_module(place: Place, module: ModuleFile, task: FetchTask, data_dir: Path) -> OpenedSource:
     """The rows that a dataset module returns, written once for each text that it has had."""
     keys = [place.code, module.function, place.split, dict(place.options)]
     part = source_folder(data_dir, module.path.stem, keys) / "part-00000.jsonl"
     if not part.exists():
         config = DatasetConfig(name=place.name, module_keys=dict(place.options))
-        rows = load_rows(module, config, place.split, None)
-        write_lines(map(row_line, rows), part)
-    return OpenedSource(origin=place.origin(module.path.name, place.code), files=(part,))
+        rows, decodes_images = without_decoding(load_rows(module, config, place.split, None))
+        first, rows = rows_with_first(rows)
+        if decodes_images or has_image(first):
+            lines = ImageLines(images=images_of_sources(data_dir), place=f"{module.path}, {place.split}")
+            if hasattr(load_module(module.path), COLLATOR_FUNCTION):
+                task.say(f"{COLLATOR_FUNCTION} of {module.path.name} is not asked: a mixture has one collator for all")
+            write_lines(lines.lines(rows, part), part)
+        else:
+            write_lines(map(row_line, rows), part)
+    origin = place.origin(module.path.name, place.code)
+    return OpenedSource(origin=origin, files=(part,), images=images_named([part], data_dir))
 
 
 def content_hash(files: Sequence[Path]) -> str:

@@ -71,7 +71,11 @@ def with_unused_parameters(run: FinetuningRun) -> FinetuningRun:
 
 def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module:
     """The model as the chain left it, or as it begins. Its forward pass returns the loss."""
-    return texts.build_model(run, start, reads_images=True)
+    from training.vision import let_texts_pass
+
+    network = texts.build_model(run, start, reads_images=True)
+    let_texts_pass(network)
+    return network
 
 
 def build_processor(run: FinetuningRun) -> ProcessorMixin:
@@ -102,12 +106,11 @@ def scores(run: FinetuningRun, checkpoint: Checkpoint, ranks: Ranks) -> dict[str
     from training.models import precision
     from training.vision import scored_answers_about_images
 
-    assert run.module is not None, "rows with images come from a dataset module"
     refuse_what_texts_alone_can(run)  # settings of the evaluation may have changed on the way
     model: Any = build_model(run, checkpoint).to(device_of_process())
     collate = image_collate(run)
     loss = loss_on_test_split(run, model, compute_loss, ranks, collate)
-    score = module_score(run.module, unprotected=run.evaluation.unprotected_code)
+    score = module_score(run.module, unprotected=run.evaluation.unprotected_code) if run.module else None
     generated = None
     if score and run.evaluation.limit:
         generated = scored_answers_about_images(
@@ -117,6 +120,7 @@ def scores(run: FinetuningRun, checkpoint: Checkpoint, ranks: Ranks) -> dict[str
             collate,
             score,
             config=run.evaluation,
+            batch_size=run.evaluation.batch_size or run.training.batch_size,
             ranks=ranks,
         )
     return as_json(loss, generated, step=checkpoint.step, epoch=checkpoint.epoch)

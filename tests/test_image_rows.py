@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ from image_models import TINY_VISION
 from PIL import Image
 
 from jobs.config import PROJECT, read_run_config
+from jobs.preflight import check_run
 from mixture import image_preparation
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
 from mixture.image_dialogues import DialogueCollator, dialogue_of
-from mixture.image_preparation import ImageSplitWriter
+from mixture.image_preparation import ImageSplitWriter, RowToWrite, module_rows
 from mixture.image_rows import ImageRows, RowEncoder
 from mixture.inspection import check_dataset
 from mixture.prepare import PreparationRequest, PreparedData, load_processor, prepare
+from settings.yaml_tree import ConfigError
 
 HEAD = """
 import io
@@ -115,12 +118,16 @@ def test_any_number_of_workers_writes_the_same_and_names_the_same_row(
     processor = load_processor(request)
     image = Image.new("RGB", (8, 8), "red")
     rows: list[Any] = [{"image": image, "question": "Which?", "answer": "so " * (1 + n % 3)} for n in range(40)]
+
+    def of_module(rows: list[Any], split: str) -> Iterator[RowToWrite]:
+        return module_rows(rows, ModuleFile(tmp_path / "made.py"), split, "made", reads_files=True)
+
     with ImageSplitWriter(request, processor, tmp_path, workers=1) as writer:
-        alone = writer.write(rows, "train", "made")
+        alone = writer.write(of_module(rows, "train"), "train")
     with ImageSplitWriter(request, processor, tmp_path, workers=2) as writer:
-        assert writer.write(rows, "train", "made") == alone
+        assert writer.write(of_module(rows, "train"), "train") == alone
         with pytest.raises(ValueError, match=r"made.py, test row 40: image: 1 bytes that cannot be decoded"):
-            writer.write([*rows, {**rows[0], "image": {"bytes": b"x", "path": None}}], "test", "made")
+            writer.write(of_module([*rows, {**rows[0], "image": {"bytes": b"x", "path": None}}], "test"), "test")
 
 
 # --- what is said about images
@@ -214,6 +221,7 @@ def test_images_and_a_model_that_reads_text_only_are_refused(tmp_path: Path) -> 
     ("keys", "said"),
     [
         ({"objective": "pretrain"}, "rows with images are learned by .* sft alone"),
+        ({"objective": "pairs"}, "rows with images are learned by .* sft alone, and not by preferences"),
         ({"over_length": "truncate"}, "dataset.over_length: truncate would cut images in two"),
         ({"mask_rationale": True}, "dataset.mask_rationale: rows with images mark no rationale"),
     ],
@@ -223,6 +231,14 @@ def test_settings_that_rows_with_images_cannot_follow_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         prepared(tmp_path, "[GOOD]", **keys)
+
+
+@pytest.mark.parametrize(
+    "rows", [["--dataset.name", "synthetic_images"], ["--dataset.names", "synthetic_images,synthetic_sums"]]
+)
+def test_preferences_about_images_are_refused_before_anything_is_queued(rows: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"rows with images are learned by .* sft alone, and not by preferences"):
+        check_run(PROJECT / "configs/examples/dpo.yaml", [*rows, "--cluster", "local"])
 
 
 def test_a_processor_that_needs_a_missing_package_is_named(tmp_path: Path) -> None:

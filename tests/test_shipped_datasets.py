@@ -275,6 +275,59 @@ def test_mbpp_scores_code_by_the_tests_of_its_task(prediction, score):
     assert module.tests_of(sanitised) == module.tests_of(MBPP)
 
 
+CONTEST = {
+    "name": "sums",
+    "description": "Print the sum of two numbers, then its half.",
+    "solutions": {"language": [3, 3], "solution": ["print(1)", "print(2)"]},
+    "public_tests": {"input": ["1 2\n"], "output": ["3\n1.5\n"]},
+    "private_tests": [{"input": "4 5\n", "output": "9 4.5"}],
+    "generated_tests": {"input": ["2 1\n"], "output": ["3 1.500000\n"]},
+    "time_limit": {"seconds": 0, "nanos": 200_000_000},
+}
+RIGHT = """
+import sys
+def main():
+    total = sum(map(int, sys.stdin.buffer.read().split()))
+    print(total, total / 2)
+if __name__ == "__main__":
+    main()
+    exit()
+"""
+
+
+def test_tests_of_contests_reach_the_score_and_no_row_to_learn_from(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [CONTEST])
+    train, test = (load(split, name="code_contests", data_files={split: data}) for split in ("train", "test"))
+    assert [row["id"] for row in train] == ["sums-0", "sums-1"] and not any("tests" in row for row in train)
+    (task,) = test
+    assert task["time_limit_s"] == 0.2
+    assert [test["input"] for test in task["tests"]] == ["1 2\n", "4 5\n", "2 1\n"]
+    tasks = write_rows(tmp_path / "tasks.jsonl", [{**CONTEST, "name": str(number)} for number in range(9)])
+    parts = [load(split, name="code_contests", data_files=tasks) for split in ("train", "test")]
+    assert sorted(row["parent"] for part in parts for row in part) == [str(number) for number in range(9)]
+
+
+@pytest.mark.skipif(NO_SANDBOX is not None, reason=f"no sandbox here: {NO_SANDBOX}")
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        (f"So:\n```python\n{RIGHT}```", 1.0),
+        ("a, b = map(int, input().split())\nprint(3, 1.5)", 0.0),
+        ("a, b = map(int, input().split())\nprint(a + b, int((a + b) / 2))", 0.0),
+        ("while True:\n    pass", 0.0),
+        ("import os\nos._exit(0)", 0.0),
+        ("", 0.0),
+    ],
+    ids=["right", "right once", "less exact", "endless", "gone", "empty"],
+)
+def test_contests_score_programs_by_what_they_print(answer, score):
+    module = load_module(PROJECT / "datasets" / "code_contests.py")
+    (task,) = module.read_tasks([CONTEST])
+    assert module.SCORE_NAME == "pass@1" and module.score(answer, task) == score
+    with pytest.raises(ValueError, match="sums-0 has no tests: its row lacks public_tests, private_tests, generated"):
+        module.score(answer, {**task, "tests": []})
+
+
 def test_synthetic_answers_are_right_and_score_full_marks():
     module = load_module(PROJECT / "datasets" / "synthetic_dataset.py")
     for row in load("train", name="synthetic_dataset", module_keys={"num_rows": 100}):

@@ -21,14 +21,19 @@ from jobs.job import run_job
 from jobs.plan import plan_run
 from jobs.preflight import check_run
 from mixture.config import DatasetConfig
-from mixture.dataset_modules import ModuleFile
+from mixture.dataset_modules import ModuleFile, ModuleScore
+from mixture.mixer import run_mixture
 from mixture.prepare import PreparationRequest, PreparedData, prepare
+from mixture.recipe import Mixture, SourceConfig
 from phases import images
 from training.block import build_data
 from training.checkpoints import newest_valid
-from training.config import LmEvalConfig, LoraConfig
+from training.config import EvaluationConfig, LmEvalConfig, LoraConfig
+from training.distributed import Ranks
+from training.evaluation import GenerationScore
 from training.run import FinetuningRun
 from training.run_folder import RunFolder
+from training.vision import scored_answers_about_images
 
 MakeRun = Callable[..., FinetuningRun]
 
@@ -172,6 +177,50 @@ def test_what_rows_with_images_cannot_follow_is_refused(make_image_run: MakeRun)
         finetuning.train(run)
 
 
+def test_processes_that_read_ahead_change_no_loss_and_no_weight(make_image_run: MakeRun) -> None:
+    shared = {"total_jobs": 2, "log_every": 1}
+    here = make_image_run("here", training=shared)
+    ahead = make_image_run(
+        "ahead", training={**shared, "arguments": {"report_to": "none", "dataloader_num_workers": 2}}
+    )
+    assert_identical(train_to_the_end(ahead), train_to_the_end(here))
+    losses = [[line["loss"] for line in run.folder.metrics() if "loss" in line] for run in (ahead, here)]
+    assert losses[0] == losses[1] and len(losses[0]) > 4
+
+
+def test_two_blocks_on_a_mixture_of_images_and_texts_equal_one_uninterrupted_run(
+    make_image_run: MakeRun, model: Path, tmp_path: Path
+) -> None:
+    shapes = [
+        SourceConfig(name=name, file=str(SHAPES.path), options={"num_rows": 9, "seed": seed})
+        for seed, name in enumerate(("some", "others"))
+    ]
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text("".join(f'{{"question": "Is it {number}?", "answer": "So it is."}}\n' for number in range(6)))
+    sources = (*shapes, SourceConfig(name="chat", path=str(chat)))
+    mixture = run_mixture(Mixture(name="mix", sources=sources, held_out=0.2), tmp_path, lambda line: None, workers=1)
+    dataset = DatasetConfig(name="mixture", max_length=64)
+    request = PreparationRequest(
+        dataset=dataset, mixture=mixture.folder, tokenizer=str(model), objective="sft"
+    )  # fmt: skip
+    data = prepare(request, tmp_path, lambda line: None)
+    train = data.splits["train"]
+    assert train is not None and data.splits["test"] is not None and set(train.sources) == {"some", "others", "chat"}
+
+    def run(name: str, **training: Any) -> FinetuningRun:
+        training |= {"batch_size": 3, "gradient_accumulation": 2}
+        return replace(make_image_run(name, data=data, training=training), module=None)
+
+    chain = run("chain", epochs_per_job=1, total_jobs=2)
+    assert_identical(train_to_the_end(chain), train_to_the_end(run("whole", epochs_per_job=2, total_jobs=1)))
+    assert finetuning.evaluate(chain)["loss"] > 0
+    packs = [build_data(chain, "train")[number] for number in range(4)]
+    assert {bool(pack[0].content.images) for pack in packs} == {True, False}
+    torch.testing.assert_close(
+        gradient(chain, [[pack] for pack in packs]), gradient(chain, [packs]), rtol=1e-3, atol=1e-6
+    )
+
+
 # --- the loss
 
 
@@ -205,6 +254,52 @@ def test_only_what_the_assistant_says_is_learned(make_image_run: MakeRun) -> Non
     assert int((batch["labels"] != -100).sum()) == sum(data[number][0].loss_tokens for number in range(len(data)))
 
 
+# --- answers
+
+SEVERAL_IMAGES = """
+from PIL import Image
+
+def get_custom_dataset(dataset_config, processor, split, split_ratio=0.8):
+    return [{"images": [Image.effect_noise((20 + 30 * (n % 2), 20), 99) for _ in range(1 + n % 3 // 2)],
+             "messages": [{"role": "user", "content": "How many?" + " And now?" * (n % 4)},
+                          {"role": "assistant", "content": "Two"}]} for n in range(11)]
+"""
+
+
+def test_answers_in_batches_are_those_of_one_row_after_another(
+    model: Path, make_image_run: MakeRun, tmp_path: Path
+) -> None:
+    module = ModuleFile(tmp_path / "several.py")
+    module.path.write_text(SEVERAL_IMAGES)
+    run = make_image_run("run", data=prepared(model, module, tmp_path), module=module)
+    network, rows, collate = images.build_model(run, None), build_data(run, "test"), images.image_collate(run)
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.3) if weight.ndim > 1 or weight.numel() == 1 else None
+    batch_sizes: list[int] = []
+
+    def noting(packs: list[Any]) -> dict[str, Any]:
+        batch_sizes.append(len(packs))
+        return collate(packs)
+
+    def answers(batch_size: int) -> GenerationScore:
+        return scored_answers_about_images(
+            network,
+            images.build_processor(run),
+            rows,
+            noting,  # type: ignore[arg-type]
+            ModuleScore(lambda prediction, row: float(len(row["images"]))),
+            config=EvaluationConfig(limit=10, max_new_tokens=8),
+            batch_size=batch_size,
+            ranks=Ranks(),
+        )
+
+    one_by_one, in_batches = answers(1), answers(4)
+    assert batch_sizes == [1] * 10 + [4, 3, 3]
+    assert len({example["prediction"] for example in one_by_one.examples}) > 3
+    assert in_batches == one_by_one
+    assert [example["prompt"].count("And now?") for example in in_batches.examples] == [n % 4 for n in range(10)]
+
+
 # --- modules written for llama-cookbook
 
 
@@ -235,3 +330,16 @@ def test_the_example_trains_in_two_chained_blocks_and_answers_questions(tmp_path
         assert run_job(kind, run) == ExitCode.DONE  # type: ignore[arg-type]
     result = json.loads(run.evaluation.read_text())
     assert result["scored_rows"] == 4 and "colour" in str(result["examples"])
+
+
+def test_the_example_of_a_mixture_trains_on_rows_with_images_and_without(tmp_path: Path) -> None:
+    folders = ["--runs_dir", str(tmp_path / "runs"), "--data_dir", str(tmp_path / "data"), "--cluster", "local"]
+    small = ["--training.epochs_per_job", "1", "--training.total_jobs", "1", "--dataset.limit", "24"]
+    checked = check_run(PROJECT / "configs/examples/vision_mixture.yaml", [*folders, *small])
+    run: RunFolder = launch.open_run_folder(checked, plan_run(checked).data_key, print)
+    for kind in ("prepare", "block", "evaluate"):
+        assert run_job(kind, run) == ExitCode.DONE  # type: ignore[arg-type]
+    data = PreparedData.open(next((tmp_path / "data/prepared").iterdir()))
+    assert data is not None and data.splits["train"] is not None
+    assert data.splits["train"].formats.keys() == {"rows with images", "rows without images"}
+    assert json.loads(run.evaluation.read_text())["loss"] < 9
