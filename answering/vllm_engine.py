@@ -54,7 +54,10 @@ class VllmEngine:
         self.key = key
         self.environment = environment_of(device, os.environ)
         is_alone = device is None
+        # A prompt that is read in chunks has draws taken back, which vLLM cannot do with a seed on a CPU.
+        on_cpu = {} if torch.cuda.is_available() else {"enable_chunked_prefill": False}
         self.arguments = {
+            **on_cpu,
             **config.arguments,
             "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": max_length,

@@ -55,7 +55,7 @@ from training.vllm_config import VllmConfig
 
 PYTHON = os.environ.get("BATON_VLLM_PYTHON") or (sys.executable if importlib.util.find_spec("vllm") else None)
 needs_vllm = pytest.mark.skipif(PYTHON is None, reason="no Python with vllm: name one in BATON_VLLM_PYTHON")
-SMALL = {"kv_cache_memory_bytes": 1 << 24, "enforce_eager": True, "max_num_seqs": 64}
+SMALL = {"kv_cache_memory_bytes": 1 << 24, "enforce_eager": True, "max_num_seqs": 64, "max_num_batched_tokens": 128}
 PROMPTS = [np.arange(10, 10 + length) for length in (3, 9, 6, 3)]
 STOPS = [2, 4]
 
