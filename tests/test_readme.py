@@ -41,6 +41,7 @@ def test_the_readme_is_short_and_every_command_in_it_has_a_test() -> None:
         "./train.sh configs/eagle3_test.yaml",  # test_the_model_of_the_first_command_gets_a_draft_head
         "./train.sh configs/distillation_test.yaml",  # test_the_model_of_the_first_command_teaches_another
         "./train.sh configs/examples/dpo.yaml",  # test_an_example_learns_from_preferences
+        "./train.sh configs/examples/vision_mixture.yaml",  # test_an_example_learns_from_images_among_texts
         "./train.sh check configs/eagle3.yaml",  # test_the_draft_of_a_served_model_is_checked
         "./train.sh prepare configs/eagle3.yaml",  # tests/test_eagle3_data.py
         "./train.sh plan configs/distillation.yaml",  # test_a_teacher_is_planned_for_examined_and_captured
@@ -79,6 +80,12 @@ def test_the_draft_of_a_served_model_is_checked(in_copy: RunCommand) -> None:
     answer = in_copy("./train.sh check configs/eagle3.yaml", *at_hand)
     assert answer.returncode == 0, answer.stderr
     assert "memory of each device" in answer.stdout
+
+
+def test_an_example_learns_from_images_among_texts(in_copy: RunCommand) -> None:
+    answer = in_copy("./train.sh configs/examples/vision_mixture.yaml", *ONE_SHORT_BLOCK)
+    assert answer.returncode == 0, answer.stderr
+    assert "perplexity" in answer.stdout
 
 
 def test_an_example_learns_from_preferences(in_copy: RunCommand) -> None:
