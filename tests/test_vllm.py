@@ -147,6 +147,18 @@ def test_a_server_that_is_killed_is_said(model: Path) -> None:
         engine.continuations(PROMPTS, stops=STOPS, room=[4] * 4)
 
 
+@pytest.mark.parametrize(
+    ("visible", "seen"),
+    [({"CUDA_VISIBLE_DEVICES": "4,7"}, "7"), ({"CUDA_VISIBLE_DEVICES": "GPU-ab, GPU-cd"}, "GPU-cd"), ({}, "1")],
+)
+def test_a_server_sees_the_gpu_of_its_process_and_none_of_the_others(visible: dict[str, str], seen: str) -> None:
+    environ = {**visible, "RANK": "1", "WORLD_SIZE": "2", "HOME": "/home/me"}
+    found = environment_of(torch.device("cuda", 1), environ)
+    assert found["CUDA_VISIBLE_DEVICES"] == seen and found["HOME"] == "/home/me"
+    assert not {"RANK", "WORLD_SIZE"} & found.keys()
+    assert environment_of(None, environ).get("CUDA_VISIBLE_DEVICES") == visible.get("CUDA_VISIBLE_DEVICES")
+
+
 def test_a_python_without_vllm_is_said() -> None:
     engine = VllmEngine(VllmConfig(), key="finetuning.grpo.vllm", dtype=torch.float32, max_length=64)
     if importlib.util.find_spec("vllm"):
