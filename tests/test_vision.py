@@ -146,6 +146,12 @@ def test_an_adapter_leaves_the_vision_tower_alone_unless_asked(make_image_run: M
         run = make_image_run(name, model=keys, training={"total_jobs": 2})
         trained = [weight for weight in train_to_the_end(run) if "lora" in weight]
         assert trained and any("vision" in weight for weight in trained) == (train_vision is True)
+    for exclude in (["q_proj"], r".*\.q_proj"):
+        more = {**keys, "train_vision": False, "merge_adapter": False, "adapter": {"exclude_modules": exclude}}
+        weights = images.build_model(make_image_run("excluded", model=more), None).state_dict()
+        adapted = {name.split(".lora_")[0] for name in weights if "lora" in name}
+        assert any(name.endswith("k_proj") for name in adapted)
+        assert not any("vision" in name or name.endswith("q_proj") for name in adapted)
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     for folder in (base.folder.export, run.folder.export / "merged"):
