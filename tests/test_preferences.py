@@ -160,7 +160,7 @@ def test_an_interrupted_pass_of_the_reference_goes_on_and_is_shared_by_processes
         compute("interrupted", Ranks())
     times = [path.stat().st_mtime_ns for path in asked]
     monkeypatch.setattr(reference.Shard, "write", write)
-    monkeypatch.setattr(reference.shutil, "rmtree", lambda folder: None)
+    monkeypatch.setattr(reference.shutil, "rmtree", lambda folder: None)  # as where the job is killed before it
     alone = compute("interrupted", Ranks())
     assert [path.stat().st_mtime_ns for path in asked] == times
     for rank in (1, 2, 0):
@@ -169,6 +169,10 @@ def test_an_interrupted_pass_of_the_reference_goes_on_and_is_shared_by_processes
         values = np.load(alone / f"{split}.npy")
         assert len(values) == len(packs.rows) and (values < 0).all()
         assert np.array_equal(values, np.load(shared / f"{split}.npy"))
+    monkeypatch.undo()
+    assert asked[0].exists()
+    compute("interrupted", Ranks())
+    assert not asked[0].parent.exists()
 
 
 def test_values_of_another_model_or_arithmetic_are_not_taken(make_preference_run: MakeRun, teacher: Path) -> None:
