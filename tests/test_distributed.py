@@ -397,7 +397,7 @@ def test_a_chain_does_not_go_on_over_other_processes_where_its_steps_would_chang
     for run in (plain, dropout, experts):
         on_three_ranks(finetuning.train, run)
     split = {"batch_size": 2, "gradient_accumulation": 3}
-    with pytest.raises(ValueError, match="world_size: 3 -> 1") as refusal:
+    with pytest.raises(ValueError, match=r"1 micro-batch x 3 processes -> 2 = ") as refusal:
         finetuning.train(plain)
     assert "training.gradient_accumulation: 3 keeps them" in str(refusal.value)
     for run, why in ((dropout, "random numbers were drawn, as dropout does"), (experts, "balances its experts")):
