@@ -21,14 +21,14 @@ from rewarding.losses import (
     sums_by_answer,
 )
 from rewarding.rewards import Rewards
-from rewarding.rollouts import ADVANTAGES, OLD, PLACE, PROMPTS, Rollout, Writer, rollouts_batch
+from rewarding.rollouts import ADVANTAGES, OLD, PROMPTS, Rollout, Writer, rollouts_batch
 from training.batches import Batch, PackedDataset, even_shares
 from training.distributed import Ranks, failing_together, gather_on_all, sum_over_ranks
 from training.evaluation import autocast, to_device
 from training.online_config import OnlineConfig, RlooConfig
 from training.preferences import ALL, ANSWER_TOKENS, REFERENCE, Reference, evaluating
 
-NOT_FOR_MODEL = (ANSWER_TOKENS, ADVANTAGES, OLD, REFERENCE, PLACE)
+NOT_FOR_MODEL = (ANSWER_TOKENS, ADVANTAGES, OLD, REFERENCE)
 
 SHOWN_ANSWERS = 10
 
@@ -56,8 +56,8 @@ class OnlineLoss:
     iteration: int = 0
     """Updates from the step's answers so far."""
 
-    passes: dict[tuple[int, int], dict[str, float | torch.Tensor]] = field(default_factory=dict)
-    """What was measured in the step, by iteration and micro-batch: one may be passed twice, and counts once."""
+    passes: list[dict[str, float | torch.Tensor]] = field(default_factory=list)
+    """What the passes of the step have measured."""
 
     sums: dict[str, float | torch.Tensor] = field(default_factory=dict)
 
@@ -66,9 +66,8 @@ class OnlineLoss:
         processes. ValueError, on every process, where a reward fails on one."""
         self.add_passes()
         with failing_together():
-            for place, batch in enumerate(batches):
+            for batch in batches:
                 self.answer(batch)
-                batch[PLACE] = place
         self.step += 1
         self.batches, self.iteration = batches, 0
         lengths = [tokens for batch in batches for tokens in batch[ANSWER_TOKENS]]
@@ -111,7 +110,7 @@ class OnlineLoss:
         policy_N = log_probabilities(model, batch)
         answers = self.tokens(policy_N, batch)
         with torch.no_grad():
-            self.passes[self.iteration, batch[PLACE]] = self.measured(answers)
+            self.passes.append(self.measured(answers))
         # With a graph also where there are no answers, so that all processes do the same.
         return (loss_sum(answers, self.config) + 0 * policy_N.sum()) / num_items
 
@@ -149,9 +148,9 @@ class OnlineLoss:
         return found
 
     def add_passes(self) -> None:
-        for found in self.passes.values():
+        for found in self.passes:
             self.add(**found)
-        self.passes = {}
+        self.passes = []
 
     def add(self, **values: float | torch.Tensor) -> None:
         for name, value in values.items():
@@ -176,6 +175,9 @@ class OnlineLoss:
         of = {"reward_std": "groups", "zero_std_share": "groups", "entropy": "tokens", "kl": "tokens"}
         of["clip_share"] = "ratios"
         return {name: value / counts[of.get(name, "answers")] for name, value in found.items()}
+
+    def forget_passes(self) -> None:
+        self.passes = []
 
 
 def log_probabilities(network: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -160,9 +160,10 @@ def distil_and_evaluate(runs: list[DistillationRun]) -> list[int]:
 def test_three_ranks_distil_exactly_and_see_the_loss_that_one_rank_sees(
     on_three_ranks: OnThreeRanks, make_distillation: MakeDistillation
 ) -> None:
-    training = {"lr": 1e-3, "batch_size": 2, "log_every": 1}
+    training = {"lr": 1e-3, "batch_size": 1, "gradient_accumulation": 2, "log_every": 1}
+    one_rank_training = {**training, "batch_size": 6, "gradient_accumulation": 1, "epochs_per_job": 2}
     cached = {"teacher": "cache", "cache": CacheConfig(k=8)}
-    one_rank = make_distillation("one-rank", **cached, training={**training, "batch_size": 6, "epochs_per_job": 2})
+    one_rank = make_distillation("one-rank", **cached, training=one_rank_training)
     whole = make_distillation("whole", **cached, training={**training, "epochs_per_job": 2})
     chain = make_distillation("chain", **cached, training={**training, "total_jobs": 2})
     spread = make_distillation("spread", **cached, training={**training, "total_jobs": 2, "parallelism": "fsdp"})
@@ -210,10 +211,11 @@ def test_three_ranks_learn_preferences_exactly_and_as_one_rank_does(
 
     live = FinetuningConfig(objective=objective)
     beforehand = replace(live, kto=KtoConfig(precompute_reference=True)) if objective == "kto" else live
-    one_rank = preference_run("one-rank", live, batch_size=3, epochs_per_job=2)
-    whole = preference_run("whole", beforehand, epochs_per_job=2)
-    chain = preference_run("chain", beforehand, total_jobs=2)
-    spread = preference_run("spread", live, total_jobs=2, parallelism="fsdp")
+    twice = {"gradient_accumulation": 2}
+    one_rank = preference_run("one-rank", live, batch_size=6, epochs_per_job=2)
+    whole = preference_run("whole", beforehand, epochs_per_job=2, **twice)
+    chain = preference_run("chain", beforehand, total_jobs=2, **twice)
+    spread = preference_run("spread", live, total_jobs=2, parallelism="fsdp", **twice)
     train_all([one_rank])
     on_three_ranks(train_all, [chain, whole, spread])
 
