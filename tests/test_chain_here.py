@@ -16,6 +16,8 @@ from jobs.config import PROJECT
 from training.checkpoints import newest_valid
 from training.run_folder import RunFolder
 
+pytestmark = pytest.mark.chain
+
 RunCommand = Callable[..., subprocess.CompletedProcess[str]]
 TEST_YAML = str(PROJECT / "configs/test.yaml")
 

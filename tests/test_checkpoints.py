@@ -236,6 +236,7 @@ def test_too_little_disk_is_said_before_anything_is_written(tmp_path: Path) -> N
         checkpoints.require_free_disk(tmp_path, 2 * free)
 
 
+@pytest.mark.chain
 def test_a_write_that_fails_leaves_the_checkpoint_before_and_nothing_else(make_run: MakeRun) -> None:
     run = make_run("run", training={"total_jobs": 2})
     first = finetuning.train(run)

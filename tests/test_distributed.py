@@ -38,6 +38,8 @@ from training.run import FinetuningRun, TrainerRun
 from training.run_folder import RunFolder
 from training.sharding import own_part, shard, whole_weights
 
+pytestmark = pytest.mark.chain
+
 MakeRun = Callable[..., FinetuningRun]
 MakeDistillation = Callable[..., DistillationRun]
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from drafting_models import target_config
 from safetensors.torch import load_file
+from trained_runs import train_to_the_end
 from transformers import AutoModelForCausalLM
 
 import eagle3
@@ -37,8 +38,9 @@ from training.block import build_data
 from training.checkpoints import newest_valid
 from training.config import EvaluationConfig, ModelConfig, TrainingConfig
 from training.losses import use_chunked_loss
-from training.run import BlockResult
 from training.run_folder import RunFolder
+
+pytestmark = pytest.mark.chain
 
 MODULE = '''
 """Sums told in the same words; every fifth is held out."""
@@ -109,13 +111,6 @@ def make_run(tmp_path: Path, targets: dict[str, Path], told_sums: PreparedData) 
         )
 
     return make
-
-
-def train_to_the_end(run: Eagle3Run) -> list[BlockResult]:
-    results = [eagle3.train(run)]
-    while not results[-1].finished:
-        results.append(eagle3.train(run))
-    return results
 
 
 def final_state(run: Eagle3Run) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

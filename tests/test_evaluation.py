@@ -30,6 +30,8 @@ from training.evaluation import generate, prompt_text
 from training.run import FinetuningRun, NonFiniteLossError
 from training.run_folder import RunFolder
 
+pytestmark = pytest.mark.chain
+
 MakeRun = Callable[..., FinetuningRun]
 
 PROJECT = Path(__file__).parent.parent

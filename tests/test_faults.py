@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_chains import quick_train
+from trained_runs import assert_identical
 
 from jobs.chain import Journal
 from jobs.config import PROJECT
@@ -142,12 +143,6 @@ def pointed_at(cluster: SlurmCluster) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("SLURM_CONF", str(cluster.folder / "slurm.conf"))
         yield
-
-
-def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
 
 
 def preempt(slurm: SlurmCluster, chain: Chain) -> None:

@@ -9,10 +9,14 @@ import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 
+import pytest
 import torch
-from test_exact_resume import assert_every_row_once_in_each_epoch, assert_identical, final_weights, train_to_the_end
+from test_exact_resume import assert_every_row_once_in_each_epoch
+from trained_runs import assert_identical, final_weights, train_to_the_end
 
 from training.run import FinetuningRun
+
+pytestmark = pytest.mark.chain
 
 MakeRun = Callable[..., FinetuningRun]
 

@@ -12,6 +12,8 @@ import pytest
 
 from jobs.config import PROJECT
 
+pytestmark = pytest.mark.chain
+
 RunCommand = Callable[..., subprocess.CompletedProcess[str]]
 README = (PROJECT / "README.md").read_text()
 ONE_SHORT_BLOCK = ["--training.epochs_per_job", "1", "--training.total_jobs", "1"]

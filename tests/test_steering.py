@@ -226,6 +226,7 @@ def test_a_run_that_is_stopped_while_it_is_submitted_leaves_no_job(
     assert queued_names(waiting_partition) == []
 
 
+@pytest.mark.chain
 def test_a_run_here_is_cancelled_at_once_stopped_with_a_checkpoint_and_resumed(tmp_path: Path, data_dir: Path) -> None:
     run = RunFolder(tmp_path / "runs/test")
     command = [TEST_YAML, *SETTINGS, *folders(tmp_path, data_dir), "--cluster", "local"]
