@@ -6,7 +6,6 @@ way is made good by the next block, and every job sees to it that enough blocks 
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import subprocess
@@ -35,6 +34,7 @@ from jobs.config import RunConfig, read_resolved_config
 from jobs.distillation_checks import check_tokens_in_full
 from jobs.exit_code import ExitCode
 from jobs.failures import account_for_failure, account_for_silent_end, exit_code_of, newest_step, report_failure
+from jobs.garbage import collected_rarely
 from jobs.local import LOG_NAME
 from jobs.ownership import OwnedElsewhereError, take_ownership
 from jobs.preflight import rows_request
@@ -56,9 +56,6 @@ from training.stopping import StopRequested, StopSignals, ignore_stop_signals
 
 BLOCKED_SIGNALS = ("TERM", "USR2")
 """For processes that take seconds until they handle these; they would kill them before."""
-
-NEW_OBJECTS_TO_COLLECT = 10_000
-"""How many a job makes before it looks through them for garbage; Python's own number is below a thousand."""
 
 WARNING_MARGIN_S = 60
 """Slurm checks time limits every 30 s, so a warning comes up to that much earlier than asked; and clocks differ."""
@@ -82,11 +79,8 @@ def enter_job(kind: JobKind, run: RunFolder) -> int:
     """A job as a process of its own: its signals are ours from here to the end of the process."""
     signals = StopSignals()
     signals.install()
-    # torch and transformers make 400,000 objects that live as long as the process. Looking through them for garbage
-    # again and again while they are imported, and once more at the end, takes 1.4 s.
-    gc.set_threshold(NEW_OBJECTS_TO_COLLECT)
-    code = run_job(kind, run, signals)
-    gc.freeze()
+    with collected_rarely():
+        code = run_job(kind, run, signals)
     ignore_stop_signals()
     return code
 
