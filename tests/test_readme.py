@@ -84,8 +84,7 @@ def test_the_draft_of_a_served_model_is_checked(in_copy: RunCommand) -> None:
 
 
 def test_an_example_learns_from_preferences(in_copy: RunCommand) -> None:
-    few = ["--dataset.num_rows", "30", "--training.epochs_per_job", "1", "--cluster", "local"]
-    answer = in_copy("./train.sh configs/examples/dpo.yaml", *few)
+    answer = in_copy("./train.sh configs/examples/dpo.yaml", *ONE_SHORT_BLOCK, "--dataset.num_rows", "30")
     assert answer.returncode == 0, answer.stderr
     assert "accuracy" in answer.stdout
 
