@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -18,6 +17,7 @@ import torch
 from image_models import idefics3
 from safetensors.torch import load_file
 from test_harness import TASKS, needs_lm_eval, write_tasks
+from trained_runs import processes_that_start_fast
 from transformers import AutoModelForCausalLM
 
 import distillation
@@ -53,7 +53,7 @@ NUM_RANKS = 3
 @pytest.fixture(scope="module")
 def on_three_ranks() -> Iterator[OnThreeRanks]:
     """on_three_ranks(function, ...): what it returns on each of three processes, which stay up."""
-    context = multiprocessing.get_context("spawn")
+    context = processes_that_start_fast()
     ranks = [ProcessPoolExecutor(1, mp_context=context) for _ in range(NUM_RANKS)]
 
     def run(function: Callable[..., object], *arguments: object) -> list[object]:
@@ -84,7 +84,8 @@ def meet(folder: Path) -> tuple[list[bool], str, str]:
 
 
 def test_processes_meet_through_the_run_folder_and_agree(on_three_ranks: OnThreeRanks, tmp_path: Path) -> None:
-    (tmp_path / f".rendezvous-local-{os.getpid()}").write_text("127.0.0.1 1")  # left by a launch that was killed
+    launcher, *_ = on_three_ranks(os.getppid)
+    (tmp_path / f".rendezvous-local-{launcher}").write_text("127.0.0.1 1")  # left by a launch that was killed
     first, second, third = on_three_ranks(meet, tmp_path)
     assert first == ([True, False], "from 0", "RuntimeError")
     assert second == third == ([True, False], "from 0", "ArithmeticError")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ import pytest
 import torch
 from drafting_models import target_config
 from safetensors.torch import load_file
-from trained_runs import train_to_the_end
+from trained_runs import processes_that_start_fast, train_to_the_end
 from transformers import AutoModelForCausalLM
 
 import eagle3
@@ -197,7 +196,7 @@ def test_a_draft_trained_for_any_family_is_exported_as_it_is_and_decodes_what_th
 @pytest.fixture(scope="module")
 def on_two_ranks() -> Iterator[Callable[..., None]]:
     """on_two_ranks(run, ...): train and evaluate each run on two processes, which stay up."""
-    context = multiprocessing.get_context("spawn")
+    context = processes_that_start_fast()
     with ProcessPoolExecutor(1, mp_context=context) as first, ProcessPoolExecutor(1, mp_context=context) as second:
 
         def train_all(*runs: Eagle3Run) -> None:
@@ -370,7 +369,7 @@ def write_until_killed(run: Eagle3Run) -> None:
 @pytest.mark.usefixtures("small_shards")
 def test_a_writer_that_is_killed_costs_no_more_than_the_shard_it_was_at(make_run: MakeRun, own_data: Path) -> None:
     run = replace(make_run("run", settings={"features": "cached"}), prepared=own_data)
-    writer = multiprocessing.get_context("spawn").Process(target=write_until_killed, args=(run,))
+    writer = processes_that_start_fast().Process(target=write_until_killed, args=(run,))
     writer.start()
     while len(done := list((own_data / "features").rglob("*.done"))) < 2:
         assert writer.is_alive()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trained_runs import assert_identical, final_weights, train_to_the_end
+from trained_runs import assert_identical, final_weights, processes_that_start_fast, train_to_the_end
 
 import finetuning
 from training.checkpoints import newest_valid
@@ -72,7 +71,7 @@ def train_in_this_process(run: FinetuningRun) -> None:
 def test_a_run_killed_in_mid_epoch_ends_with_the_same_weights(make_run: MakeRun) -> None:
     training = {"lr": 1e-3, "batch_size": 1, "epochs_per_job": 10, "total_jobs": 1}
     whole, killed = make_run("whole", training=training), make_run("killed", training={**training, "save_every": 4})
-    process = multiprocessing.get_context("spawn").Process(target=train_in_this_process, args=(killed,))
+    process = processes_that_start_fast().Process(target=train_in_this_process, args=(killed,))
     process.start()
     wait_for_checkpoint(killed, step=8)
     process.kill()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import signal
 import time
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
 
 import pytest
 import torch
 from test_exact_resume import assert_every_row_once_in_each_epoch
-from trained_runs import assert_identical, final_weights, train_to_the_end
+from trained_runs import assert_identical, final_weights, processes_that_start_fast, train_to_the_end
 
 from training.run import FinetuningRun
 
@@ -29,13 +27,6 @@ LONGEST_LIFE = 9
 def train_in_this_process(run: FinetuningRun) -> None:
     torch.set_num_threads(1)
     train_to_the_end(run)
-
-
-def processes_that_start_fast() -> ForkServerContext:
-    """Processes forked from one that has imported everything: each life would begin with 5 s of imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finetuning", "training.trainer", "training.evaluation", "training.models", "peft"])
-    return context
 
 
 def is_saving(run: FinetuningRun) -> bool:
