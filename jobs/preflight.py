@@ -27,6 +27,7 @@ from mixture.dataset_modules import ModuleFile, check_module, resolve_module
 from mixture.hub import absolute_data_files
 from mixture.prepare import PreparationRequest
 from mixture.recipe import Mixture
+from sandbox.python import missing_protection
 from settings.yaml_tree import ConfigError, Problem
 from training.adapter_options import EXPERTS, not_mergeable
 from training.config import EvaluationConfig
@@ -138,6 +139,11 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
             problems.append(Problem(tree.place(("dataset", key)), message))
     if config.evaluation.unprotected_code and (module is not None or mixture is not None):
         collect("evaluation.unprotected_code", require_code_score, module)
+    if scores_by_running_code(config, module) and not config.evaluation.unprotected_code:
+        if cluster == "local":
+            collect("evaluation.unprotected_code", require_protection)
+        elif lacks := missing_protection():
+            notes.append(f"{lacks}. ./train.sh doctor FILE --on-node asks whether a node can")
     finetuning = find_rewards(
         config.finetuning, module, bool(config.dataset.mixture or config.dataset.names), folder, find_model, collect
     )
@@ -272,9 +278,29 @@ def unread_module_keys(dataset: DatasetConfig, module: ModuleFile) -> list[str]:
     return [key for key in dataset.module_keys if not re.search(rf"\b{re.escape(key)}\b", text)]
 
 
+def runs_code(module: ModuleFile | None) -> bool:
+    """Whether a module runs code to score answers, as far as its text tells."""
+    return module is not None and bool(re.search(r"\bunprotected\b", module.path.read_text(encoding="utf-8")))
+
+
+def scores_by_running_code(config: RunConfig, module: ModuleFile | None) -> bool:
+    """Whether the run scores answers by running them: at its end, or as rewards."""
+    online = config.finetuning.online
+    is_rewarded = online is not None and any(source.kind == "module" for source in online.rewards)
+    writes_no_answers = config.trainer == "eagle3" or config.finetuning.objective == "reward"
+    is_evaluated = config.evaluation.limit > 0 and not writes_no_answers
+    return (is_rewarded or is_evaluated) and runs_code(module)
+
+
+def require_protection() -> None:
+    """Raise ValueError where this machine cannot protect itself from code that a model wrote."""
+    if lacks := missing_protection():
+        raise ValueError(lacks)
+
+
 def require_code_score(module: ModuleFile | None) -> None:
     """Raise ValueError where no module runs code to score answers, as far as its text tells."""
-    if module is None or not re.search(r"\bunprotected\b", module.path.read_text(encoding="utf-8")):
+    if not runs_code(module):
         what = "a mixture scores no answers" if module is None else f"nothing in {module.path} runs code of a model"
         raise ValueError(f"{what}; remove the key")
 
