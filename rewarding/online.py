@@ -21,14 +21,14 @@ from rewarding.losses import (
     sums_by_answer,
 )
 from rewarding.rewards import Rewards
-from rewarding.rollouts import ADVANTAGES, OLD, PROMPTS, Rollout, Writer, rollouts_batch
+from rewarding.rollouts import ADVANTAGES, OLD, PLACE, PROMPTS, Rollout, Writer, rollouts_batch
 from training.batches import Batch, PackedDataset, even_shares
 from training.distributed import Ranks, failing_together, gather_on_all, sum_over_ranks
 from training.evaluation import autocast, to_device
 from training.online_config import OnlineConfig, RlooConfig
 from training.preferences import ALL, ANSWER_TOKENS, REFERENCE, Reference, evaluating
 
-NOT_FOR_MODEL = (ANSWER_TOKENS, ADVANTAGES, OLD, REFERENCE)
+NOT_FOR_MODEL = (ANSWER_TOKENS, ADVANTAGES, OLD, REFERENCE, PLACE)
 
 SHOWN_ANSWERS = 10
 
@@ -56,8 +56,8 @@ class OnlineLoss:
     iteration: int = 0
     """Updates from the step's answers so far."""
 
-    passes: list[dict[str, float | torch.Tensor]] = field(default_factory=list)
-    """What the passes of the step have measured."""
+    passes: dict[tuple[int, int], dict[str, float | torch.Tensor]] = field(default_factory=dict)
+    """What was measured in the step, by iteration and micro-batch."""
 
     sums: dict[str, float | torch.Tensor] = field(default_factory=dict)
 
@@ -66,8 +66,9 @@ class OnlineLoss:
         processes. ValueError, on every process, where a reward fails on one."""
         self.add_passes()
         with failing_together():
-            for batch in batches:
+            for place, batch in enumerate(batches):
                 self.answer(batch)
+                batch[PLACE] = place
         self.step += 1
         self.batches, self.iteration = batches, 0
         lengths = [tokens for batch in batches for tokens in batch[ANSWER_TOKENS]]
@@ -110,7 +111,7 @@ class OnlineLoss:
         policy_N = log_probabilities(model, batch)
         answers = self.tokens(policy_N, batch)
         with torch.no_grad():
-            self.passes.append(self.measured(answers))
+            self.passes[self.iteration, batch[PLACE]] = self.measured(answers)
         # With a graph also where there are no answers, so that all processes do the same.
         return (loss_sum(answers, self.config) + 0 * policy_N.sum()) / num_items
 
@@ -148,9 +149,9 @@ class OnlineLoss:
         return found
 
     def add_passes(self) -> None:
-        for found in self.passes:
+        for found in self.passes.values():
             self.add(**found)
-        self.passes = []
+        self.passes = {}
 
     def add(self, **values: float | torch.Tensor) -> None:
         for name, value in values.items():
@@ -177,7 +178,7 @@ class OnlineLoss:
         return {name: value / counts[of.get(name, "answers")] for name, value in found.items()}
 
     def forget_passes(self) -> None:
-        self.passes = []
+        self.passes = {}
 
 
 def log_probabilities(network: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -11,6 +11,7 @@ of answers:
     advantages      float [S]
     old             float [N] | absent   log-probabilities before the first update, where there are several
     reference       float [N] | absent   the same under the reference
+    place           int              which micro-batch of the step it is
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from training.preferences import answers_batch
 PROMPTS = "prompts"
 ADVANTAGES = "advantages"
 OLD = "old"
+PLACE = "place"
 
 
 @dataclass(frozen=True)
