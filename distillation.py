@@ -68,7 +68,7 @@ def build_trainer(run: DistillationRun, start: BlockStart) -> BlockTrainer:
         compute_loss=loss_function(run, model, build_teacher(run), parts),
         collate=DistillationCollate(weights, has_targets=run.distillation.teacher == "cache"),
         objective=objective(run),
-        extra_metrics=parts.take,
+        extra_metrics=parts,
     )
 
 
@@ -245,6 +245,9 @@ class LossParts:
         found = dict(zip(names, totals, strict=True))
         tokens = found.pop("tokens", 0.0)
         return {name: value / tokens for name, value in found.items()} if tokens else {}
+
+    def forget_passes(self) -> None:
+        self.sums = {}
 
 
 def loss_function(

@@ -66,7 +66,7 @@ def build_trainer(run: Eagle3Run, target: Target, start: BlockStart) -> BlockTra
         ),
         objective=objective(run, target),
         collate=collate,
-        extra_metrics=log.take,
+        extra_metrics=log,
         tied_to_split=(
             "eagle3.loss_mean: all_tokens is a mean over each micro-batch"
             if run.eagle3.loss_mean == "all_tokens"

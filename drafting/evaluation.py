@@ -72,6 +72,9 @@ class AcceptanceLog:
         total = over_ranks(counted)
         return {"acceptance_length": total.simulated_length, "first_guess": total.joint[0]}
 
+    def forget_passes(self) -> None:
+        self.counted = None
+
 
 def supervised(batch: Batch, steps: int) -> torch.Tensor:
     return supervised_at_steps(batch["labels"][0], batch["position_ids"][0], steps=steps)

@@ -26,6 +26,7 @@ from jobs.draft_plan import draft_lines, supervised_preview
 from jobs.drill import drill, show_drill
 from jobs.exit_code import ExitCode
 from jobs.extend import extend_parser, extend_run, with_stored_extensions
+from jobs.garbage import collected_rarely
 from jobs.local import AlreadyRunningError
 from jobs.log_files import show_logs
 from jobs.plan import Plan, plan_run
@@ -605,4 +606,6 @@ VERBS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with collected_rarely():
+        code = main(sys.argv[1:])
+    sys.exit(code)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from distilling.config import DistillationConfig, TeacherModelConfig
+from distilling.config import DistillationConfig
 from drafting.config import Eagle3Config, target_problems
 from jobs.online_checks import online_contradictions
 from mixture.config import DatasetConfig
@@ -352,155 +352,165 @@ def secrets_in_settings(tree: ConfigTree) -> list[Problem]:
 
 def contradictions(config: RunConfig, tree: ConfigTree) -> list[Problem]:
     """Settings that are fine alone and wrong together."""
-    problems = []
+    found = [
+        contradictions_of_rows(config),
+        contradictions_of_model(config),
+        contradictions_of_adapter(config, tree.values["model"]),
+        contradictions_of_parallelism(config),
+        contradictions_of_scores(config),
+        contradictions_of_rewards(config, packing=tree.values["dataset"].get("packing")),
+        contradictions_of_draft(config),
+        contradictions_of_student(config),
+    ]
+    return [
+        Problem(tree.place(tuple(key.split("."))), message) for messages in found for key, message in messages.items()
+    ]
+
+
+# Each of these gives messages by key.
+
+
+def contradictions_of_rows(config: RunConfig) -> dict[str, str]:
+    """What cannot be asked of rows that the model attends to, or that a model writes, in this way."""
+    messages = {}
     if config.model.attention != "varlen" and config.dataset.packing:
-        problems.append(
-            Problem(
-                tree.place(("model", "attention")),
-                f"model.attention: {config.model.attention} would let packed samples see each other; "
-                "use varlen, or set dataset.packing: false",
-            )
+        messages["model.attention"] = (
+            f"model.attention: {config.model.attention} would let packed samples see each other; "
+            "use varlen, or set dataset.packing: false"
         )
-    if config.model.adapters and config.trainer != "finetuning":
-        problems.append(
-            Problem(
-                tree.place(("model", "adapters")),
-                f"model.adapters are merged by trainer: finetuning only, not by {config.trainer}; merge them first and "
-                "name what they made as the model",
-            )
-        )
-    if config.model.train_vision is not None and (config.trainer, config.objective) != ("finetuning", "sft"):
-        problems.append(
-            Problem(
-                tree.place(("model", "train_vision")),
-                "model.train_vision is read where rows with images are learned, by trainer: finetuning with "
-                "finetuning.objective: sft alone; leave it out",
-            )
-        )
-    if not config.model.peft:
-        for key in ("lora", "peft_method", "adapter", "experts"):
-            if tree.values["model"].get(key) is not None:
-                problems.append(
-                    Problem(tree.place(("model", key)), f"model.{key} is read only where model.peft is true")
-                )
-    else:
-        problems += contradictions_of_adapter(config, tree)
-    problems += contradictions_of_parallelism(config, tree)
-    is_reward_model = config.trainer == "finetuning" and config.finetuning.objective == "reward"
-    if config.evaluation.lm_eval is not None and (config.eagle3 is not None or is_reward_model):
-        kind = "a reward model" if is_reward_model else "a draft head"
-        problems.append(
-            Problem(
-                tree.place(("evaluation", "lm_eval")),
-                f"evaluation.lm_eval: its tasks are for models that write texts, which {kind} does not; leave it out",
-            )
-        )
-    if config.trainer == "finetuning" and config.finetuning.online is not None:
-        packing = tree.values["dataset"].get("packing")
-        found = online_contradictions(config.finetuning.online, config.model, config.training, packing=packing)
-        problems += [Problem(tree.place(tuple(key.split("."))), message) for key, message in found.items()]
-    if config.eagle3 is not None:
-        problems += [
-            Problem(tree.place(tuple(problem.partition(":")[0].split("."))), problem)
-            for problem in target_problems(config.model, config.training)
-        ]
     by_teacher = config.distillation is not None and config.distillation.teacher == "text"
     by_target = config.eagle3 is not None and config.eagle3.answers is not None
     if config.dataset.mask_rationale and (by_teacher or by_target):
-        problems.append(
-            Problem(
-                tree.place(("dataset", "mask_rationale")),
-                "dataset.mask_rationale: nothing marks what is reasoning in the answers that a model writes "
-                f"({'distillation.teacher: text' if by_teacher else 'eagle3.answers'}); keep one of them",
-            )
+        messages["dataset.mask_rationale"] = (
+            "dataset.mask_rationale: nothing marks what is reasoning in the answers that a model writes "
+            f"({'distillation.teacher: text' if by_teacher else 'eagle3.answers'}); keep one of them"
         )
-    if config.distillation is not None and config.distillation.from_teacher is not None:
-        problems += contradictions_of_student(config.model, config.distillation.teacher_model, tree)
-    return problems
+    return messages
 
 
-def contradictions_of_adapter(config: RunConfig, tree: ConfigTree) -> list[Problem]:
-    """What cannot be said beside the kind of adapter."""
-    method, model = config.model.peft_method, tree.values["model"]
+def contradictions_of_model(config: RunConfig) -> dict[str, str]:
+    """What the trainer, or the objective, does not do with a model."""
     messages = {}
-    if method not in (*LORA_FAMILY, EXPERTS) and model.get("lora") is not None:
-        messages["lora"] = f"model.lora is not read by {method}; its options go into model.adapter"
-    if method != EXPERTS and model.get("experts") is not None:
-        messages["experts"] = f"model.experts is read only by model.peft_method: {EXPERTS}"
+    if config.model.adapters and config.trainer != "finetuning":
+        messages["model.adapters"] = (
+            f"model.adapters are merged by trainer: finetuning only, not by {config.trainer}; merge them first and "
+            "name what they made as the model"
+        )
+    if config.model.train_vision is not None and (config.trainer, config.objective) != ("finetuning", "sft"):
+        messages["model.train_vision"] = (
+            "model.train_vision is read where rows with images are learned, by trainer: finetuning with "
+            "finetuning.objective: sft alone; leave it out"
+        )
+    return messages
+
+
+def contradictions_of_adapter(config: RunConfig, given: dict[str, Any]) -> dict[str, str]:
+    """What cannot be said beside the kind of adapter, or without one; `given` is what the file says of the model."""
+    if not config.model.peft:
+        keys = [key for key in ("lora", "peft_method", "adapter", "experts") if given.get(key) is not None]
+        return {f"model.{key}": f"model.{key} is read only where model.peft is true" for key in keys}
+    method = config.model.peft_method
+    messages = {}
+    if method not in (*LORA_FAMILY, EXPERTS) and given.get("lora") is not None:
+        messages["model.lora"] = f"model.lora is not read by {method}; its options go into model.adapter"
+    if method != EXPERTS and given.get("experts") is not None:
+        messages["model.experts"] = f"model.experts is read only by model.peft_method: {EXPERTS}"
     if is_prompt_method(method) and config.dataset.packing:
-        messages["peft_method"] = (
+        messages["model.peft_method"] = (
             f"model.peft_method: {method} stands before every sample, so each sample is a row of its own, and packs of "
             "them would mostly be padding; set dataset.packing: false"
         )
     if config.trainer != "finetuning" and (method == EXPERTS or is_prompt_method(method)):
-        messages["peft_method"] = (
+        messages["model.peft_method"] = (
             f"model.peft_method: {method} is trained by trainer: finetuning only, not by {config.trainer}; use lora"
         )
     preference = config.finetuning.preference if config.trainer == "finetuning" else None
     if preference is not None and (method == EXPERTS or is_prompt_method(method)):
-        messages["peft_method"] = (
+        messages["model.peft_method"] = (
             f"model.peft_method: {method} does not learn from preferences; use lora, or finetuning.objective: sft"
         )
     if preference is not None and preference.has_reference and "init_lora_weights" in config.model.adapter:
-        messages["adapter"] = (
+        messages["model.adapter"] = (
             "model.adapter.init_lora_weights: the reference of preferences is the model with its adapter off, and "
             "other first weights change the model below; leave it out"
         )
     if config.training.parallelism != "ddp" and method in (EXPERTS, "adalora"):
-        messages["peft_method"] = (
+        messages["model.peft_method"] = (
             f"model.peft_method: {method} looks at whole weights between the steps, which training.parallelism: "
             f"{config.training.parallelism} keeps in shards; use training.parallelism: ddp"
         )
-    return [Problem(tree.place(("model", key)), message) for key, message in messages.items()]
+    return messages
 
 
-def contradictions_of_parallelism(config: RunConfig, tree: ConfigTree) -> list[Problem]:
+def contradictions_of_parallelism(config: RunConfig) -> dict[str, str]:
     """What cannot be spread over processes."""
     parallelism, distillation = config.training.parallelism, config.distillation
     optimizer = config.training.arguments.get("optim", SHARDED_OPTIMIZERS[0])
-    messages: dict[tuple[str, ...], str] = {}
+    messages = {}
     if parallelism != "ddp" and distillation is not None and distillation.on_policy.share:
-        messages["distillation", "on_policy"] = (
+        messages["distillation.on_policy"] = (
             f"distillation.on_policy: a student that training.parallelism: {parallelism} spreads over processes cannot "
             "write answers here; use training.parallelism: ddp, or set distillation.on_policy.share: 0"
         )
     if parallelism == "fsdp" and config.model.dtype == "float16":
-        messages["model", "dtype"] = (
+        messages["model.dtype"] = (
             "model.dtype: float16 scales its losses by the gradients, which training.parallelism: fsdp keeps in "
             "shards; use bfloat16"
         )
     if parallelism == "fsdp" and config.model.peft and config.model.peft_method == "qlora":
-        messages["model", "peft_method"] = (
+        messages["model.peft_method"] = (
             "model.peft_method: qlora holds its base in 4 bits, which training.parallelism: fsdp cannot spread; use "
             "ddp, or lora"
         )
     if parallelism == "fsdp" and optimizer not in SHARDED_OPTIMIZERS:
-        messages["training", "arguments", "optim"] = (
+        messages["training.arguments.optim"] = (
             "training.arguments.optim: training.parallelism: fsdp spreads the state of "
             f"{', '.join(SHARDED_OPTIMIZERS)}, not that of {optimizer}"
         )
-    return [Problem(tree.place(path), message) for path, message in messages.items()]
+    return messages
 
 
-def contradictions_of_student(model: ModelConfig, teacher: TeacherModelConfig, tree: ConfigTree) -> list[Problem]:
+def contradictions_of_scores(config: RunConfig) -> dict[str, str]:
+    """What cannot be scored of a model."""
+    is_reward_model = config.trainer == "finetuning" and config.finetuning.objective == "reward"
+    if config.evaluation.lm_eval is None or not (config.eagle3 is not None or is_reward_model):
+        return {}
+    kind = "a reward model" if is_reward_model else "a draft head"
+    return {
+        "evaluation.lm_eval": "evaluation.lm_eval: its tasks are for models that write texts, which "
+        f"{kind} does not; leave it out"
+    }
+
+
+def contradictions_of_rewards(config: RunConfig, *, packing: Any) -> dict[str, str]:
+    """What cannot be said of a phase whose answers the model writes itself; `packing` as the file has it, or None."""
+    if config.trainer != "finetuning" or config.finetuning.online is None:
+        return {}
+    return online_contradictions(config.finetuning.online, config.model, config.training, packing=packing)
+
+
+def contradictions_of_draft(config: RunConfig) -> dict[str, str]:
+    """What cannot be said of the target of a draft head."""
+    problems = target_problems(config.model, config.training) if config.eagle3 is not None else []
+    return {problem.partition(":")[0]: problem for problem in problems}
+
+
+def contradictions_of_student(config: RunConfig) -> dict[str, str]:
     """What cannot be said of a student that is cut from its teacher."""
-    problems = []
+    if config.distillation is None or config.distillation.from_teacher is None:
+        return {}
+    model, teacher = config.model, config.distillation.teacher_model
+    messages = {}
     if (model.name, model.revision) != (teacher.name, teacher.revision):
-        problems.append(
-            Problem(
-                tree.place(("model", "name")),
-                f"model.name: {model.name} is not the teacher ({teacher.name}) that distillation.from_teacher cuts the "
-                "student from; leave out one of them",
-            )
+        messages["model.name"] = (
+            f"model.name: {model.name} is not the teacher ({teacher.name}) that distillation.from_teacher cuts the "
+            "student from; leave out one of them"
         )
     if model.from_scratch:
-        problems.append(
-            Problem(
-                tree.place(("model", "from_scratch")),
-                "model.from_scratch would throw away the layers that distillation.from_teacher takes; keep one of them",
-            )
+        messages["model.from_scratch"] = (
+            "model.from_scratch would throw away the layers that distillation.from_teacher takes; keep one of them"
         )
-    return problems
+    return messages
 
 
 def resolved_values(config: RunConfig) -> dict[str, Any]:

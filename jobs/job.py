@@ -34,6 +34,7 @@ from jobs.config import RunConfig, read_resolved_config
 from jobs.distillation_checks import check_tokens_in_full
 from jobs.exit_code import ExitCode
 from jobs.failures import account_for_failure, account_for_silent_end, exit_code_of, newest_step, report_failure
+from jobs.garbage import collected_rarely
 from jobs.local import LOG_NAME
 from jobs.ownership import OwnedElsewhereError, take_ownership
 from jobs.preflight import rows_request
@@ -78,7 +79,8 @@ def enter_job(kind: JobKind, run: RunFolder) -> int:
     """A job as a process of its own: its signals are ours from here to the end of the process."""
     signals = StopSignals()
     signals.install()
-    code = run_job(kind, run, signals)
+    with collected_rarely():
+        code = run_job(kind, run, signals)
     ignore_stop_signals()
     return code
 

@@ -28,7 +28,8 @@ from mixture.dataset_modules import ModuleFile, check_module, resolve_module, st
 from mixture.hub import absolute_data_files
 from mixture.prepare import PreparationRequest
 from mixture.recipe import Mixture
-from settings.yaml_tree import ConfigError, Problem
+from sandbox.python import missing_protection
+from settings.yaml_tree import ConfigError, ConfigTree, Problem
 from training.adapter_options import EXPERTS, not_mergeable
 from training.config import EvaluationConfig
 
@@ -90,81 +91,22 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
     """
     tree = read_tree(file, overrides)
     config = run_config(tree)
-    problems: list[Problem] = []
-    notes: list[str] = []
+    collect = Collector(tree)
     folder = file.resolve().parent
-
-    def collect(key: str, check: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return check(*arguments)
-        except ConfigError as error:
-            problems.extend(error.problems)
-        except ValueError as error:
-            message = " ".join(line.strip() for line in str(error).splitlines())
-            message = message if message.startswith(key) else f"{key}: {message}"
-            problems.append(Problem(tree.place(tuple(key.split("."))), message))
-        return None
-
     cluster = collect("cluster", choose_cluster, config.cluster)
-    dataset = collect("dataset.data_files", find_data_files, config.dataset, folder)
-    module = mixture = None
-    if config.dataset.mixture or config.dataset.names:
-        dataset = collect("dataset.mixture", find_recipe, config.dataset, folder)
-        mixture = dataset and collect("dataset.mixture", find_mixture, dataset, config)
-        notes += mixture_notes(config.dataset)
-    else:
-        module = collect("dataset.file" if config.dataset.file else "dataset.name", find_module, config.dataset, folder)
+    config, module, mixture = find_rows(config, folder, collect)
     config = find_engines(config, folder, collect)
-    distillation = config.distillation
-    if distillation is not None:
-        distillation = find_teacher(distillation, folder, collect)
-    if distillation is not None and distillation.from_teacher is not None:
-        name = distillation.teacher_model.name
-    else:
-        name = collect("model.name", find_model, config.model.name, config.model.revision, folder)
-    tokenizer = config.model.tokenizer
-    if tokenizer is not None:
-        tokenizer = collect("model.tokenizer", find_model, tokenizer, None, folder, "tokenizer_config.json")
-    adapters = [collect("model.adapters", find_adapter, adapter, folder) for adapter in config.model.adapters]
-    collect("model.peft_method", check_adapter_packages, config.model.peft, config.model.peft_method)
-    evaluation = collect("evaluation.lm_eval", find_harness_tasks, config.evaluation, folder)
-    collect("training.parallelism", check_parallelism_packages, config.training.parallelism)
-    checkpoint_dir = collect("model.checkpoint_dir", absolute_checkpoint_dir, config.model.checkpoint_dir)
-    collect("runs_dir", check_writable, config.folder.parent)
-    collect("data_dir", check_writable, config.data_folder)
+    config = find_models(config, folder, collect)
+    config = find_scores(config, module, mixture, folder, collect)
+    config = find_folders(config, collect)
+    check_packages(config, collect)
+    check_protection(config, module, cluster, collect)
     if cluster == "slurm":
         collect("slurm", check_partition, config.slurm.partition, config.slurm.time_limit_minutes)
-    if module is not None and states_images(module.path):
-        collect("dataset.name", check_settings_for_images, config)
-    if module is not None:
-        for key in unread_module_keys(config.dataset, module):
-            message = f"dataset.{key}: nothing in {module.path} reads this key; correct or remove it"
-            problems.append(Problem(tree.place(("dataset", key)), message))
-    if config.evaluation.unprotected_code and (module is not None or mixture is not None):
-        collect("evaluation.unprotected_code", require_code_score, module)
-    finetuning = find_rewards(
-        config.finetuning, module, bool(config.dataset.mixture or config.dataset.names), folder, find_model, collect
-    )
-    if distillation is not None:
-        model = replace(config.model, name=name or config.model.name, tokenizer=tokenizer)
-        check_distillation(replace(config, model=model, distillation=distillation), collect)
-    if config.eagle3 is not None and name is not None:
-        collect("model.name", check_target, name)
-        collect("eagle3.layers", check_feature_layers, config.eagle3, name)
-    if problems:
-        raise ConfigError(problems)
+    if collect.problems:
+        raise ConfigError(collect.problems)
 
-    config = replace(
-        config,
-        runs_dir=str(config.folder.parent),
-        data_dir=str(config.data_folder),
-        dataset=replace(dataset, file=f"{module.path}:{module.function}") if module else dataset,
-        model=replace(config.model, name=name, tokenizer=tokenizer, adapters=adapters, checkpoint_dir=checkpoint_dir),
-        finetuning=finetuning,
-        distillation=distillation,
-        evaluation=evaluation,
-    )
-    notes += context_notes(config)
+    notes = [*collect.notes, *context_notes(config)]
     world_size = config.slurm.world_size if cluster == "slurm" else local_world_size(config, notes)
     if config.training.parallelism != "ddp" and world_size == 1:
         notes.append(f"training.parallelism: {config.training.parallelism} spreads nothing over one process")
@@ -173,9 +115,114 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
     )
 
 
-def find_teacher(
-    distillation: DistillationConfig, config_folder: Path, collect: Callable[..., Any]
-) -> DistillationConfig:
+class Collector:
+    """What checks find wrong, each problem with the place of its key in the file, and what the user should know."""
+
+    def __init__(self, tree: ConfigTree) -> None:
+        self.tree = tree
+        self.problems: list[Problem] = []
+        self.notes: list[str] = []
+
+    def __call__(self, key: str, check: Callable[..., Any], *arguments: Any) -> Any:
+        """What the check returns; None where it fails, and its ValueError becomes a problem of the key."""
+        try:
+            return check(*arguments)
+        except ConfigError as error:
+            self.problems.extend(error.problems)
+        except ValueError as error:
+            message = " ".join(line.strip() for line in str(error).splitlines())
+            self.add(key, message if message.startswith(key) else f"{key}: {message}")
+        return None
+
+    def add(self, key: str, message: str) -> None:
+        self.problems.append(Problem(self.tree.place(tuple(key.split("."))), message))
+
+
+def find_rows(
+    config: RunConfig, config_folder: Path, collect: Collector
+) -> tuple[RunConfig, ModuleFile | None, Mixture | None]:
+    """The settings with every file of the rows absolute, and the module or the mixture that the rows are of."""
+    dataset = collect("dataset.data_files", find_data_files, config.dataset, config_folder) or config.dataset
+    if config.dataset.mixture or config.dataset.names:
+        collect.notes += mixture_notes(config.dataset)
+        dataset = collect("dataset.mixture", find_recipe, config.dataset, config_folder)
+        mixture = dataset and collect("dataset.mixture", find_mixture, dataset, config)
+        return replace(config, dataset=dataset or config.dataset), None, mixture
+    key = "dataset.file" if config.dataset.file else "dataset.name"
+    module = collect(key, find_module, config.dataset, config_folder)
+    if module is None:
+        return config, None, None
+    if states_images(module.path):
+        collect("dataset.name", check_settings_for_images, config)
+    for unread in unread_module_keys(config.dataset, module):
+        collect.add(
+            f"dataset.{unread}", f"dataset.{unread}: nothing in {module.path} reads this key; correct or remove it"
+        )
+    return replace(config, dataset=replace(dataset, file=f"{module.path}:{module.function}")), module, None
+
+
+def find_models(config: RunConfig, config_folder: Path, collect: Collector) -> RunConfig:
+    """The settings with every model, tokenizer and adapter as an absolute path or a known hub id, that fit together."""
+    model, distillation = config.model, config.distillation
+    if distillation is not None:
+        distillation = find_teacher(distillation, config_folder, collect)
+    if distillation is not None and distillation.from_teacher is not None:
+        name = distillation.teacher_model.name
+    else:
+        name = collect("model.name", find_model, model.name, model.revision, config_folder)
+    tokenizer = model.tokenizer
+    if tokenizer is not None:
+        tokenizer = collect("model.tokenizer", find_model, tokenizer, None, config_folder, "tokenizer_config.json")
+    adapters = [collect("model.adapters", find_adapter, adapter, config_folder) for adapter in model.adapters]
+    model = replace(model, name=name or model.name, tokenizer=tokenizer, adapters=adapters)
+    config = replace(config, model=model, distillation=distillation)
+    if distillation is not None:
+        check_distillation(config, collect)
+    if config.eagle3 is not None and name is not None:
+        collect("model.name", check_target, name)
+        collect("eagle3.layers", check_feature_layers, config.eagle3, name)
+    return config
+
+
+def find_scores(
+    config: RunConfig, module: ModuleFile | None, mixture: Mixture | None, config_folder: Path, collect: Collector
+) -> RunConfig:
+    """The settings with all that answers are rewarded and scored by as absolute paths or known hub ids."""
+    evaluation = collect("evaluation.lm_eval", find_harness_tasks, config.evaluation, config_folder)
+    if config.evaluation.unprotected_code and (module is not None or mixture is not None):
+        collect("evaluation.unprotected_code", require_code_score, module)
+    is_mixture = bool(config.dataset.mixture or config.dataset.names)
+    finetuning = find_rewards(config.finetuning, module, is_mixture, config_folder, find_model, collect)
+    return replace(config, evaluation=evaluation or config.evaluation, finetuning=finetuning)
+
+
+def find_folders(config: RunConfig, collect: Collector) -> RunConfig:
+    """The settings with every folder that is written to as an absolute path."""
+    checkpoint_dir = collect("model.checkpoint_dir", absolute_checkpoint_dir, config.model.checkpoint_dir)
+    collect("runs_dir", check_writable, config.folder.parent)
+    collect("data_dir", check_writable, config.data_folder)
+    model = replace(config.model, checkpoint_dir=checkpoint_dir)
+    return replace(config, runs_dir=str(config.folder.parent), data_dir=str(config.data_folder), model=model)
+
+
+def check_packages(config: RunConfig, collect: Collector) -> None:
+    """Collect what is not installed."""
+    collect("model.peft_method", check_adapter_packages, config.model.peft, config.model.peft_method)
+    collect("training.parallelism", check_parallelism_packages, config.training.parallelism)
+
+
+def check_protection(config: RunConfig, module: ModuleFile | None, cluster: str | None, collect: Collector) -> None:
+    """Collect, or note where other machines will do it, that this machine cannot run the code that answers hold."""
+    if not scores_by_running_code(config, module) or config.evaluation.unprotected_code:
+        return
+    lacks = missing_protection()
+    if lacks and cluster == "local":
+        collect.add("evaluation.unprotected_code", f"evaluation.unprotected_code: {lacks}")
+    elif lacks:
+        collect.notes.append(f"{lacks}. ./train.sh doctor FILE --on-node asks whether a node can")
+
+
+def find_teacher(distillation: DistillationConfig, config_folder: Path, collect: Collector) -> DistillationConfig:
     """The section with the paths of the teacher and of a cache made before absolute; what is missing is collected."""
     teacher, cache = distillation.teacher_model, distillation.cache
     name = collect("distillation.teacher_model.name", find_model, teacher.name, teacher.revision, config_folder)
@@ -286,9 +333,23 @@ def unread_module_keys(dataset: DatasetConfig, module: ModuleFile) -> list[str]:
     return [key for key in dataset.module_keys if not re.search(rf"\b{re.escape(key)}\b", text)]
 
 
+def runs_code(module: ModuleFile | None) -> bool:
+    """Whether a module runs code to score answers, as far as its text tells."""
+    return module is not None and bool(re.search(r"\bunprotected\b", module.path.read_text(encoding="utf-8")))
+
+
+def scores_by_running_code(config: RunConfig, module: ModuleFile | None) -> bool:
+    """Whether the run scores answers by running them: at its end, or as rewards."""
+    online = config.finetuning.online
+    is_rewarded = online is not None and any(source.kind == "module" for source in online.rewards)
+    writes_no_answers = config.trainer == "eagle3" or config.finetuning.objective == "reward"
+    is_evaluated = config.evaluation.limit > 0 and not writes_no_answers
+    return (is_rewarded or is_evaluated) and runs_code(module)
+
+
 def require_code_score(module: ModuleFile | None) -> None:
     """Raise ValueError where no module runs code to score answers, as far as its text tells."""
-    if module is None or not re.search(r"\bunprotected\b", module.path.read_text(encoding="utf-8")):
+    if not runs_code(module):
         what = "a mixture scores no answers" if module is None else f"nothing in {module.path} runs code of a model"
         raise ValueError(f"{what}; remove the key")
 

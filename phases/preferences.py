@@ -43,7 +43,7 @@ def build_trainer(run: FinetuningRun, start: BlockStart) -> BlockTrainer:
         compute_loss=loss,
         objective=objective(run),
         collate=collate,
-        extra_metrics=loss.take,
+        extra_metrics=loss,
         begin_step=loss.begin_step,
     )
 

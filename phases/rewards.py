@@ -46,7 +46,7 @@ def build_trainer(run: FinetuningRun, start: BlockStart) -> BlockTrainer:
         compute_loss=loss,
         objective=objective(run),
         collate=PromptCollate(),
-        extra_metrics=loss.take,
+        extra_metrics=loss,
         begin_step=loss.begin_step,
     )
     trainer.add_callback(FurtherIterations(trainer, loss))

@@ -57,7 +57,7 @@ class OnlineLoss:
     """Updates from the step's answers so far."""
 
     passes: dict[tuple[int, int], dict[str, float | torch.Tensor]] = field(default_factory=dict)
-    """What was measured in the step, by iteration and micro-batch: one may be passed twice, and counts once."""
+    """What was measured in the step, by iteration and micro-batch."""
 
     sums: dict[str, float | torch.Tensor] = field(default_factory=dict)
 
@@ -183,6 +183,9 @@ class OnlineLoss:
         of = {"reward_std": "groups", "zero_std_share": "groups", "clip_share": "ratios"}
         of |= dict.fromkeys(("entropy", "kl", "engine_gap"), "tokens")
         return {name: value / counts[of.get(name, "answers")] for name, value in found.items()}
+
+    def forget_passes(self) -> None:
+        self.passes = {}
 
 
 def log_probabilities(network: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -104,6 +104,7 @@ def model_config(method: str, base: Path, **keys: Any) -> ModelConfig:
     )
 
 
+@pytest.mark.chain
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_goes_on_exactly_and_is_exported_whole(method: str, base: Path, tmp_path: Path) -> None:
     from peft import PeftModel
@@ -151,6 +152,7 @@ def test_a_prompt_stands_before_every_sample_of_a_flat_batch(method: str, base: 
     torch.testing.assert_close(together, sum(alone), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.chain
 def test_ranks_are_allocated_the_same_over_two_blocks_and_held_out_losses_are_plain(
     make_run: MakeRun, base: Path
 ) -> None:
@@ -245,6 +247,7 @@ def test_an_adapter_that_fits_no_layer_is_refused_with_the_key_and_the_layers(ba
         build_model(config, seed=1)
 
 
+@pytest.mark.chain
 @pytest.mark.parametrize("peft", [True, False])
 def test_adapters_trained_before_are_merged_below_what_is_trained_next(
     peft: bool, base: Path, tmp_path: Path, make_run: MakeRun

@@ -277,6 +277,7 @@ write_answers(request, print, stop_requested=stop_requested)
 """
 
 
+@pytest.mark.chain
 def test_work_that_is_killed_inside_a_shard_goes_on_to_the_same_answers(request_for: Any) -> None:
     unbroken, broken = request_for("unbroken", temperature=0.7), request_for("broken", temperature=0.7)
     assert run(unbroken)[0]

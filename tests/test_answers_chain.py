@@ -23,6 +23,8 @@ from mixture.prepare import PreparedData, prepared_folder
 from settings.yaml_tree import ConfigError
 from training.run_folder import RunFolder
 
+pytestmark = pytest.mark.chain
+
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:

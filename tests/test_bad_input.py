@@ -13,6 +13,8 @@ import pytest
 from jobs.config import PROJECT
 from jobs.preflight import check_writable
 
+pytestmark = pytest.mark.chain
+
 TEST_YAML = str(PROJECT / "configs/test.yaml")
 
 

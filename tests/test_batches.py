@@ -111,6 +111,7 @@ def test_rows_are_shuffled_inside_their_stage_only() -> None:
     assert [row for batch in sampler for row in batch.tolist()] == orders[1]
 
 
+@pytest.mark.chain
 def test_a_chain_trains_the_stages_of_a_mixture_in_order_and_resumes_exactly(
     make_run: MakeRun, prepared_sums: PreparedData, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

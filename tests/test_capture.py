@@ -243,6 +243,7 @@ def read_until(process: subprocess.Popen[str], wanted: str) -> list[str]:
     raise AssertionError(f"no {wanted!r} in {lines}")
 
 
+@pytest.mark.chain
 def test_a_capture_killed_inside_a_shard_goes_on_to_the_same_rows(request_for: Request) -> None:
     unbroken, broken = request_for("unbroken", kind="hybrid"), request_for("broken", kind="hybrid")
     assert run(unbroken)[0]
@@ -263,6 +264,7 @@ def test_a_capture_killed_inside_a_shard_goes_on_to_the_same_rows(request_for: R
     assert {file.suffix for file in broken.folder.iterdir()} == {".json", ".parquet", ".done"}
 
 
+@pytest.mark.chain
 def test_two_captures_at_once_share_the_shards_and_write_the_same_rows(request_for: Request) -> None:
     alone, shared = request_for("alone", kind="sampled"), request_for("shared", kind="sampled")
     assert run(alone)[0]

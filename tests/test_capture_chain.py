@@ -24,6 +24,8 @@ from settings.yaml_tree import ConfigError
 from training.run_folder import RunFolder
 from training.shard_folder import capture_progress, is_complete
 
+pytestmark = pytest.mark.chain
+
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -22,6 +22,7 @@ from training.checkpoints import (
     NoValidCheckpointError,
     Progress,
     ResumeTerms,
+    Split,
     newest_valid,
     refuse_changed_terms,
 )
@@ -190,9 +191,9 @@ def test_changed_terms_are_refused_with_old_and_new_and_a_way_out(tmp_path: Path
     with pytest.raises(ValueError) as refusal:
         refuse_changed_terms(checkpoint, replace(TERMS, world_size=4, fingerprint="g"))
     text = str(refusal.value)
-    assert "world_size: 2 -> 4 (ask for as many GPUs" in text
+    assert "8 rows x 1 micro-batch x 2 processes -> 32 = 8 rows x 1 micro-batch x 4 processes (restore " in text
     assert "fingerprint: f -> g (the prepared data changed" in text
-    assert "batch_size: " not in text
+    assert "batch_size: " not in text and "world_size: " not in text
 
 
 def test_steps_may_be_split_otherwise_where_they_stay_the_same_and_nothing_ties_them(tmp_path: Path) -> None:
@@ -208,8 +209,24 @@ def test_steps_may_be_split_otherwise_where_they_stay_the_same_and_nothing_ties_
         refuse_changed_terms(free, replace(TERMS, world_size=3))
 
 
+@pytest.mark.parametrize("tied", [None, "dropout was drawn"])
+def test_another_split_has_one_remedy_however_many_of_its_keys_changed(tied: str | None, tmp_path: Path) -> None:
+    checkpoint = write(tmp_path, 1, tied=tied)
+    # Four times the steps, and extended since by half of them.
+    other = replace(TERMS, batch_size=4, world_size=1, horizon_steps=400)
+    extended = replace(other, horizon_steps=600, optimization="lr 1e-05, cosine, extended")
+    with pytest.raises(ValueError) as refusal:
+        refuse_changed_terms(checkpoint, extended, before_extensions=[other])
+    (change,) = str(refusal.value).splitlines()[1:-1]
+    steps = (
+        "rows of an optimizer step: 16 = 8 rows x 1 micro-batch x 2 processes -> 4 = 4 rows x 1 micro-batch x 1 process"
+    )
+    kept = "training.gradient_accumulation: 4 keeps them"
+    assert change.strip() == f"{steps} ({f'restore {checkpoints.SPLIT}' if tied else kept})"
+
+
 def test_every_term_has_a_remedy() -> None:
-    assert checkpoints.REMEDY.keys() == ResumeTerms.__dataclass_fields__.keys()
+    assert checkpoints.REMEDY.keys() | Split.__dataclass_fields__.keys() == ResumeTerms.__dataclass_fields__.keys()
 
 
 def test_too_little_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
@@ -219,6 +236,7 @@ def test_too_little_disk_is_said_before_anything_is_written(tmp_path: Path) -> N
         checkpoints.require_free_disk(tmp_path, 2 * free)
 
 
+@pytest.mark.chain
 def test_a_write_that_fails_leaves_the_checkpoint_before_and_nothing_else(make_run: MakeRun) -> None:
     run = make_run("run", training={"total_jobs": 2})
     first = finetuning.train(run)

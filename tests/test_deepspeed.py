@@ -20,7 +20,10 @@ from training.run import FinetuningRun
 
 MakeRun = Callable[..., FinetuningRun]
 
-pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="the package deepspeed is not installed")
+pytestmark = [
+    pytest.mark.chain,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="the package deepspeed is not installed"),
+]
 
 
 def as_rank(rank: int, runs: list[FinetuningRun]) -> None:

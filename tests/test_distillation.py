@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from trained_runs import assert_identical, final_weights, train_to_the_end
 
 import distillation
 import finetuning
@@ -23,31 +24,10 @@ from distilling.config import (
     TeacherModelConfig,
 )
 from distilling.run import DistillationRun
-from training.checkpoints import newest_valid
 from training.run import FinetuningRun
 
 MakeRun = Callable[..., FinetuningRun]
 MakeDistillation = Callable[..., DistillationRun]
-
-
-def train_to_the_end(run: DistillationRun) -> int:
-    """Train all blocks; how many there were."""
-    blocks = 1
-    while not distillation.train(run).finished:
-        blocks += 1
-    return blocks
-
-
-def final_weights(run: DistillationRun) -> dict[str, torch.Tensor]:
-    checkpoint, rejected = newest_valid(run.folder.checkpoints)
-    assert checkpoint is not None and not rejected
-    return load_file(next(checkpoint.path.glob("*model.safetensors")))
-
-
-def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
 
 
 def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], *, tolerance: float) -> None:
@@ -66,12 +46,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.chain
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_three_blocks_equal_one_uninterrupted_run(kind: str, make_distillation: MakeDistillation) -> None:
     training = {"gradient_accumulation": 2, "save_every": 3}
     chain = make_distillation("chain", **SETTINGS[kind], training={**training, "total_jobs": 3})
     whole = make_distillation("whole", **SETTINGS[kind], training={**training, "epochs_per_job": 3})
-    assert train_to_the_end(chain) == 3 and train_to_the_end(whole) == 1
+    assert len(train_to_the_end(chain)) == 3 and len(train_to_the_end(whole)) == 1
     assert_identical(final_weights(chain), final_weights(whole))
 
 
@@ -199,6 +180,7 @@ def test_a_student_of_all_layers_of_its_teacher_is_its_teacher(make_distillation
     assert found[""].abs() < 1e-5
 
 
+@pytest.mark.chain
 def test_a_student_cut_from_its_teacher_keeps_its_layers_through_a_chain(make_distillation: MakeDistillation) -> None:
     cut = StudentConfig(layers=[1])
     run = make_distillation("chain", from_teacher=cut, training={"total_jobs": 2})
@@ -208,7 +190,7 @@ def test_a_student_cut_from_its_teacher_keeps_its_layers_through_a_chain(make_di
         student["model.layers.0.self_attn.q_proj.weight"], teacher["model.layers.1.self_attn.q_proj.weight"]
     )
     assert torch.equal(student["model.embed_tokens.weight"], teacher["model.embed_tokens.weight"])
-    assert train_to_the_end(run) == 2
+    assert len(train_to_the_end(run)) == 2
     whole = make_distillation("whole", from_teacher=cut, training={"epochs_per_job": 2})
     train_to_the_end(whole)
     assert_identical(final_weights(run), final_weights(whole))
@@ -217,6 +199,7 @@ def test_a_student_cut_from_its_teacher_keeps_its_layers_through_a_chain(make_di
         distillation.build_model(make_distillation("deep", from_teacher=StudentConfig(layers=[0, 2])), None)
 
 
+@pytest.mark.chain
 def test_an_adapter_learns_from_a_teacher_too(make_distillation: MakeDistillation, teacher: Path) -> None:
     model = {"name": str(teacher), "from_scratch": False, "peft": True}
     chain = make_distillation("chain", **SETTINGS["cache"], model=model, training={"total_jobs": 2})
@@ -245,6 +228,7 @@ def test_a_block_of_other_settings_is_refused(make_distillation: MakeDistillatio
         distillation.build_model(replace(run, distillation=replace(run.distillation, hidden_states=states)), None)
 
 
+@pytest.mark.chain
 def test_the_evaluation_compares_teacher_student_before_and_control(make_distillation: MakeDistillation) -> None:
     control = make_distillation("control", teacher="none")
     train_to_the_end(control)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -18,6 +17,7 @@ import torch
 from image_models import idefics3
 from safetensors.torch import load_file
 from test_harness import TASKS, needs_lm_eval, write_tasks
+from trained_runs import processes_that_start_fast
 from transformers import AutoModelForCausalLM
 
 import distillation
@@ -38,6 +38,8 @@ from training.run import FinetuningRun, TrainerRun
 from training.run_folder import RunFolder
 from training.sharding import own_part, shard, whole_weights
 
+pytestmark = pytest.mark.chain
+
 MakeRun = Callable[..., FinetuningRun]
 MakeDistillation = Callable[..., DistillationRun]
 
@@ -51,7 +53,7 @@ NUM_RANKS = 3
 @pytest.fixture(scope="module")
 def on_three_ranks() -> Iterator[OnThreeRanks]:
     """on_three_ranks(function, ...): what it returns on each of three processes, which stay up."""
-    context = multiprocessing.get_context("spawn")
+    context = processes_that_start_fast()
     ranks = [ProcessPoolExecutor(1, mp_context=context) for _ in range(NUM_RANKS)]
 
     def run(function: Callable[..., object], *arguments: object) -> list[object]:
@@ -82,7 +84,8 @@ def meet(folder: Path) -> tuple[list[bool], str, str]:
 
 
 def test_processes_meet_through_the_run_folder_and_agree(on_three_ranks: OnThreeRanks, tmp_path: Path) -> None:
-    (tmp_path / f".rendezvous-local-{os.getpid()}").write_text("127.0.0.1 1")  # left by a launch that was killed
+    launcher, *_ = on_three_ranks(os.getppid)
+    (tmp_path / f".rendezvous-local-{launcher}").write_text("127.0.0.1 1")  # left by a launch that was killed
     first, second, third = on_three_ranks(meet, tmp_path)
     assert first == ([True, False], "from 0", "RuntimeError")
     assert second == third == ([True, False], "from 0", "ArithmeticError")
@@ -160,9 +163,10 @@ def distil_and_evaluate(runs: list[DistillationRun]) -> list[int]:
 def test_three_ranks_distil_exactly_and_see_the_loss_that_one_rank_sees(
     on_three_ranks: OnThreeRanks, make_distillation: MakeDistillation
 ) -> None:
-    training = {"lr": 1e-3, "batch_size": 2, "log_every": 1}
+    training = {"lr": 1e-3, "batch_size": 1, "gradient_accumulation": 2, "log_every": 1}
+    one_rank_training = {**training, "batch_size": 6, "gradient_accumulation": 1, "epochs_per_job": 2}
     cached = {"teacher": "cache", "cache": CacheConfig(k=8)}
-    one_rank = make_distillation("one-rank", **cached, training={**training, "batch_size": 6, "epochs_per_job": 2})
+    one_rank = make_distillation("one-rank", **cached, training=one_rank_training)
     whole = make_distillation("whole", **cached, training={**training, "epochs_per_job": 2})
     chain = make_distillation("chain", **cached, training={**training, "total_jobs": 2})
     spread = make_distillation("spread", **cached, training={**training, "total_jobs": 2, "parallelism": "fsdp"})
@@ -210,10 +214,11 @@ def test_three_ranks_learn_preferences_exactly_and_as_one_rank_does(
 
     live = FinetuningConfig(objective=objective)
     beforehand = replace(live, kto=KtoConfig(precompute_reference=True)) if objective == "kto" else live
-    one_rank = preference_run("one-rank", live, batch_size=3, epochs_per_job=2)
-    whole = preference_run("whole", beforehand, epochs_per_job=2)
-    chain = preference_run("chain", beforehand, total_jobs=2)
-    spread = preference_run("spread", live, total_jobs=2, parallelism="fsdp")
+    twice = {"gradient_accumulation": 2}
+    one_rank = preference_run("one-rank", live, batch_size=6, epochs_per_job=2)
+    whole = preference_run("whole", beforehand, epochs_per_job=2, **twice)
+    chain = preference_run("chain", beforehand, total_jobs=2, **twice)
+    spread = preference_run("spread", live, total_jobs=2, parallelism="fsdp", **twice)
     train_all([one_rank])
     on_three_ranks(train_all, [chain, whole, spread])
 
@@ -397,7 +402,7 @@ def test_a_chain_does_not_go_on_over_other_processes_where_its_steps_would_chang
     for run in (plain, dropout, experts):
         on_three_ranks(finetuning.train, run)
     split = {"batch_size": 2, "gradient_accumulation": 3}
-    with pytest.raises(ValueError, match="world_size: 3 -> 1") as refusal:
+    with pytest.raises(ValueError, match=r"1 micro-batch x 3 processes -> 2 = ") as refusal:
         finetuning.train(plain)
     assert "training.gradient_accumulation: 3 keeps them" in str(refusal.value)
     for run, why in ((dropout, "random numbers were drawn, as dropout does"), (experts, "balances its experts")):

@@ -29,6 +29,7 @@ def options(tmp_path: Path, model: Path) -> list[str]:
     return [*folders, "--model.name", str(model), "--model.checkpoint_dir", str(tmp_path / "export")]
 
 
+@pytest.mark.chain
 def test_six_faults_cost_the_chain_of_the_readme_nothing_but_time(tmp_path: Path, tiny_model: Path) -> None:
     command = [str(PROJECT / "train.sh"), "drill", str(PROJECT / "configs/test.yaml"), "--json"]
     answer = subprocess.run([*command, *options(tmp_path, tiny_model)], capture_output=True, text=True, timeout=280)
@@ -46,6 +47,7 @@ def test_six_faults_cost_the_chain_of_the_readme_nothing_but_time(tmp_path: Path
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.chain
 def test_a_chain_that_resumes_with_other_momentum_fails_and_the_first_tensor_is_named(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

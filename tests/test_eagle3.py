@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 import torch
 from drafting_models import target_config
 from safetensors.torch import load_file
+from trained_runs import processes_that_start_fast, train_to_the_end
 from transformers import AutoModelForCausalLM
 
 import eagle3
@@ -37,8 +37,9 @@ from training.block import build_data
 from training.checkpoints import newest_valid
 from training.config import EvaluationConfig, ModelConfig, TrainingConfig
 from training.losses import use_chunked_loss
-from training.run import BlockResult
 from training.run_folder import RunFolder
+
+pytestmark = pytest.mark.chain
 
 MODULE = '''
 """Sums told in the same words; every fifth is held out."""
@@ -109,13 +110,6 @@ def make_run(tmp_path: Path, targets: dict[str, Path], told_sums: PreparedData) 
         )
 
     return make
-
-
-def train_to_the_end(run: Eagle3Run) -> list[BlockResult]:
-    results = [eagle3.train(run)]
-    while not results[-1].finished:
-        results.append(eagle3.train(run))
-    return results
 
 
 def final_state(run: Eagle3Run) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -202,7 +196,7 @@ def test_a_draft_trained_for_any_family_is_exported_as_it_is_and_decodes_what_th
 @pytest.fixture(scope="module")
 def on_two_ranks() -> Iterator[Callable[..., None]]:
     """on_two_ranks(run, ...): train and evaluate each run on two processes, which stay up."""
-    context = multiprocessing.get_context("spawn")
+    context = processes_that_start_fast()
     with ProcessPoolExecutor(1, mp_context=context) as first, ProcessPoolExecutor(1, mp_context=context) as second:
 
         def train_all(*runs: Eagle3Run) -> None:
@@ -375,7 +369,7 @@ def write_until_killed(run: Eagle3Run) -> None:
 @pytest.mark.usefixtures("small_shards")
 def test_a_writer_that_is_killed_costs_no_more_than_the_shard_it_was_at(make_run: MakeRun, own_data: Path) -> None:
     run = replace(make_run("run", settings={"features": "cached"}), prepared=own_data)
-    writer = multiprocessing.get_context("spawn").Process(target=write_until_killed, args=(run,))
+    writer = processes_that_start_fast().Process(target=write_until_killed, args=(run,))
     writer.start()
     while len(done := list((own_data / "features").rglob("*.done"))) < 2:
         assert writer.is_alive()

@@ -11,7 +11,9 @@ from pathlib import Path
 import orjson
 import pytest
 import torch
+from conftest import run_on_sums
 from safetensors.torch import load_file
+from trained_runs import train_to_the_end
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetuning
@@ -21,7 +23,7 @@ from jobs.plan import plan_run
 from jobs.preflight import check_run
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile, load_module, module_score
-from mixture.prepare import PreparationRequest, prepare
+from mixture.prepare import PreparationRequest, PreparedData, prepare
 from settings.yaml_tree import ConfigError
 from training.block import build_data
 from training.checkpoints import NoValidCheckpointError, newest_valid
@@ -30,16 +32,20 @@ from training.evaluation import generate, prompt_text
 from training.run import FinetuningRun, NonFiniteLossError
 from training.run_folder import RunFolder
 
+pytestmark = pytest.mark.chain
+
 MakeRun = Callable[..., FinetuningRun]
 
 PROJECT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def trained(make_run: MakeRun) -> FinetuningRun:
-    run = make_run("trained", training={"epochs_per_job": 3, "total_jobs": 2})
-    while not finetuning.train(run).finished:
-        pass
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, sums_module: ModuleFile, prepared_sums: PreparedData
+) -> FinetuningRun:
+    folder, training = tmp_path_factory.mktemp("trained"), {"epochs_per_job": 3, "total_jobs": 2}
+    run = run_on_sums(folder, tiny_model, sums_module, prepared_sums, "trained", training=training)
+    train_to_the_end(run)
     return run
 
 

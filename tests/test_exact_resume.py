@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import time
 from collections.abc import Callable
@@ -11,33 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from trained_runs import assert_identical, final_weights, processes_that_start_fast, train_to_the_end
 
 import finetuning
 from training.checkpoints import newest_valid
 from training.ledger import Ledger
-from training.run import BlockResult, FinetuningRun
+from training.run import FinetuningRun
+
+pytestmark = pytest.mark.chain
 
 MakeRun = Callable[..., FinetuningRun]
-
-
-def train_to_the_end(run: FinetuningRun) -> list[BlockResult]:
-    results = [finetuning.train(run)]
-    while not results[-1].finished:
-        results.append(finetuning.train(run))
-    return results
-
-
-def final_weights(run: FinetuningRun) -> dict[str, torch.Tensor]:
-    checkpoint, rejected = newest_valid(run.folder.checkpoints)
-    assert checkpoint is not None and not rejected
-    return load_file(next(checkpoint.path.glob("*model.safetensors")))
-
-
-def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
 
 
 def assert_every_row_once_in_each_epoch(run: FinetuningRun) -> None:
@@ -87,16 +69,16 @@ def train_in_this_process(run: FinetuningRun) -> None:
 
 
 def test_a_run_killed_in_mid_epoch_ends_with_the_same_weights(make_run: MakeRun) -> None:
-    training = {"lr": 1e-3, "batch_size": 1, "save_every": 4, "epochs_per_job": 15, "total_jobs": 1}
-    whole, killed = make_run("whole", training=training), make_run("killed", training=training)
-    process = multiprocessing.get_context("spawn").Process(target=train_in_this_process, args=(killed,))
+    training = {"lr": 1e-3, "batch_size": 1, "epochs_per_job": 10, "total_jobs": 1}
+    whole, killed = make_run("whole", training=training), make_run("killed", training={**training, "save_every": 4})
+    process = processes_that_start_fast().Process(target=train_in_this_process, args=(killed,))
     process.start()
     wait_for_checkpoint(killed, step=8)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     start, _ = newest_valid(killed.folder.checkpoints)
-    assert start is not None and 8 <= start.step < 15 * 13
+    assert start is not None and 8 <= start.step < 10 * 13
 
     train_to_the_end(killed)
     train_to_the_end(whole)
@@ -166,8 +148,8 @@ def test_a_stop_file_ends_the_block_at_the_next_step_and_the_chain_goes_on_from_
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("batch_size", 4, "batch_size: 2 -> 4"),
-        ("gradient_accumulation", 2, "gradient_accumulation: 1 -> 2"),
+        ("batch_size", 4, "rows of an optimizer step: 2 = 2 rows x 1 micro-batch x 1 process -> 4 = 4 rows x "),
+        ("gradient_accumulation", 2, "rows of an optimizer step: 2 = 2 rows x 1 micro-batch x 1 process -> 4 = 2 rows"),
         ("total_jobs", 3, "horizon_steps: "),
         ("lr", 0.5, "optimization: lr 0.01, cosine, warmup 0.03, weight decay 0.0 -> lr 0.5,"),
     ],

@@ -17,6 +17,8 @@ from training.config import ModelConfig
 from training.models import build_model, load_tokenizer
 from training.run_folder import RunFolder
 
+pytestmark = pytest.mark.chain
+
 
 @pytest.fixture(scope="module")
 def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

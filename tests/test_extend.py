@@ -63,6 +63,7 @@ def told(error: str, *arguments: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert error in capsys.readouterr().err
 
 
+@pytest.mark.chain
 def test_a_finished_run_goes_on_as_chosen_and_is_evaluated_and_exported_again(
     folders: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_finished_run_goes_on_as_chosen_and_is_evaluated_and_exported_again(
     assert read_resolved_config(run.config).training.extensions == [recorded]
 
 
+@pytest.mark.chain
 def test_an_extended_run_is_not_finished_before_its_longer_horizon(folders: list[str]) -> None:
     arguments = [TEST_YAML, *TINY, *folders]
     run, plan = begun_run(arguments)

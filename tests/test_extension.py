@@ -6,13 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from trained_runs import assert_identical, final_weights, train_to_the_end
 
 import finetuning
-from training.checkpoints import newest_valid
 from training.config import Extension, ExtensionPolicy, TrainingConfig
-from training.ledger import Ledger
 from training.run import FinetuningRun
 from training.schedule import Horizon, chain_learning_rate
 
@@ -90,31 +87,14 @@ def test_an_extension_that_begins_nowhere_is_refused(policy: ExtensionPolicy, fr
         Horizon.of(training, num_rows=ROWS, world_size=1)
 
 
-def train_to_the_end(run: FinetuningRun) -> None:
-    while not finetuning.train(run).finished:
-        pass
-
-
 def extended(run: FinetuningRun, *extensions: Extension) -> FinetuningRun:
     return replace(run, training=replace(run.training, extensions=list(extensions)))
-
-
-def weights(run: FinetuningRun) -> dict[str, torch.Tensor]:
-    checkpoint, _ = newest_valid(run.folder.checkpoints)
-    assert checkpoint is not None
-    assert checkpoint.ledger == Ledger(rows_per_epoch=13, whole_epochs=int(checkpoint.epoch))
-    return load_file(next(checkpoint.path.glob("*model.safetensors")))
-
-
-def assert_same_weights(one: FinetuningRun, other: FinetuningRun) -> None:
-    mine, theirs = weights(one), weights(other)
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 STEPS_PER_EPOCH = 7
 
 
+@pytest.mark.chain
 def test_constant_after_a_constant_schedule_equals_one_longer_run_bit_for_bit(make_run: MakeRun) -> None:
     training = {"lr": 1e-3, "lr_scheduler": "constant"}
     longer = make_run("longer", training={**training, "total_jobs": 3})
@@ -122,9 +102,10 @@ def test_constant_after_a_constant_schedule_equals_one_longer_run_bit_for_bit(ma
     train_to_the_end(longer)
     train_to_the_end(run)
     train_to_the_end(extended(run, added("constant", jobs=2, from_step=STEPS_PER_EPOCH)))
-    assert_same_weights(run, longer)
+    assert_identical(final_weights(run), final_weights(longer))
 
 
+@pytest.mark.chain
 @pytest.mark.parametrize(("policy", "seam"), [("rewarm", 14), ("stretch", 14), ("stretch", 9)])
 def test_an_extended_chain_equals_the_run_that_had_its_extension_from_the_beginning(
     policy: ExtensionPolicy, seam: int, make_run: MakeRun
@@ -140,7 +121,7 @@ def test_an_extended_chain_equals_the_run_that_had_its_extension_from_the_beginn
         stop_at(run, step=seam)
     train_to_the_end(known)
     train_to_the_end(extended(run, extension))
-    assert_same_weights(run, known)
+    assert_identical(final_weights(run), final_weights(known))
 
     seen = {line["step"]: line["lr"] for line in run.folder.metrics()}
     horizon = Horizon.of(known.training, num_rows=13, world_size=1)
@@ -158,6 +139,7 @@ def stop_at(run: FinetuningRun, *, step: int) -> None:
     run.folder.stop.unlink()
 
 
+@pytest.mark.chain
 def test_only_what_was_recorded_may_follow_a_checkpoint(make_run: MakeRun) -> None:
     run = make_run("run", training={"lr": 1e-3, "total_jobs": 1})
     train_to_the_end(run)

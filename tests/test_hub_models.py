@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from jobs.config import PROJECT
 
+pytestmark = pytest.mark.chain
+
 TEST_YAML = str(PROJECT / "configs/test.yaml")
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
 

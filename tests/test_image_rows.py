@@ -110,6 +110,7 @@ def test_rows_lie_in_shards_of_a_limited_size_and_memory_holds_one_row(tmp_path:
     assert prepared(tmp_path, noise, shard_size_mb=1).fingerprint == data.fingerprint
 
 
+@pytest.mark.chain
 def test_any_number_of_workers_writes_the_same_and_names_the_same_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,7 @@ def test_a_ledger_is_the_same_after_json() -> None:
     assert Ledger.of_json(orjson.loads(orjson.dumps(dataclasses.asdict(ledger)))) == ledger
 
 
+@pytest.mark.chain
 def test_a_chain_with_accumulation_workers_and_a_short_last_step_is_whole(make_run: MakeRun) -> None:
     arguments = {"report_to": "none", "dataloader_num_workers": 1}
     training = {"gradient_accumulation": 2, "save_every": 3, "total_jobs": 2, "arguments": arguments}
@@ -109,6 +110,7 @@ def test_a_chain_with_accumulation_workers_and_a_short_last_step_is_whole(make_r
     assert counted == [(3, 0), (4, 1), (6, 1), (8, 2)]
 
 
+@pytest.mark.chain
 def test_rows_of_a_step_that_a_job_gave_up_are_counted_by_the_next_job_only(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +143,7 @@ def leave_out_a_row(order: np.ndarray) -> np.ndarray:
     return order[:-1]
 
 
+@pytest.mark.chain
 @pytest.mark.parametrize(
     ("damage", "rows", "said"),
     [(repeat_a_row, 13, "on some of them more than once"), (leave_out_a_row, 12, "12 rows instead of 13")],

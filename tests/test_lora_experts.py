@@ -133,6 +133,7 @@ def test_recomputed_activations_give_the_routers_the_same_gradients(base: Path) 
         torch.testing.assert_close(plain, recomputed)
 
 
+@pytest.mark.chain
 def test_experts_and_routers_learn_and_their_load_becomes_even(make_run: MakeRun, base: Path) -> None:
     begun = build_model(ModelConfig(**experts_model(base)), seed=1)
     before = {name: weight for name, weight in begun.named_parameters() if weight.requires_grad}
@@ -155,6 +156,7 @@ def test_experts_and_routers_learn_and_their_load_becomes_even(make_run: MakeRun
     assert all(not torch.equal(weight, after[name]) for name, weight in before.items())
 
 
+@pytest.mark.chain
 def test_experts_that_wake_over_time_are_the_same_over_four_blocks(make_run: MakeRun, base: Path) -> None:
     model = experts_model(base, num=2, top_k=2, grow_every_epochs=1, max_num=4)
     training = {"gradient_accumulation": 2, "save_every": 3, "log_every": 1}

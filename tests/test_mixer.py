@@ -100,6 +100,7 @@ def test_rows_are_shuffled_as_a_whole(kitchen: Kitchen) -> None:
         assert 25 <= Counter(part)["chat"] <= 55
 
 
+@pytest.mark.chain
 @pytest.mark.parametrize("recipe", [TOY, CATEGORIES], ids=["mixed", "categories"])
 def test_two_runs_give_the_same_bytes_for_any_number_of_workers(kitchen: Kitchen, recipe: str) -> None:
     one, two = kitchen.mix(recipe, "one"), kitchen.mix(recipe, "two", workers=3)
@@ -260,6 +261,7 @@ def test_rejected_rows_are_kept_with_their_reason(kitchen: Kitchen) -> None:
 # --- kills
 
 
+@pytest.mark.chain
 def test_killed_at_random_moments_it_ends_with_the_bytes_of_an_unbroken_run(
     kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -200,6 +200,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.chain
 @pytest.mark.parametrize("more", ["", "compress: zstd", pytest.param("dedup: {near: true}", marks=needs_rensa)])
 def test_a_disk_that_fills_again_and_again_loses_nothing(
     folder: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, more: str

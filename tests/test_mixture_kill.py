@@ -9,7 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from mixture_sources import three_sources
+
+pytestmark = pytest.mark.chain
 
 PROJECT = Path(__file__).parents[1]
 KILLS = 10

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from trained_runs import assert_identical, train_to_the_end, trained_weights
 
 import finetuning
 from jobs.config import PROJECT, read_run_config
@@ -55,29 +55,13 @@ def make_online_run(make_run: MakeRun, prepared: PreparedData) -> MakeRun:
     return make
 
 
-def train_to_the_end(run: FinetuningRun) -> dict[str, torch.Tensor]:
-    while not finetuning.train(run).finished:
-        pass
-    return newest_weights(run)
-
-
-def newest_weights(run: FinetuningRun) -> dict[str, torch.Tensor]:
-    checkpoint, rejected = newest_valid(run.folder.checkpoints)
-    assert checkpoint is not None and not rejected
-    return load_file(next(checkpoint.path.glob("*model.safetensors")))
-
-
-def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
-
-
 SHORT: dict[str, Any] = {"group_size": 4, "max_new_tokens": 6}
 
 
 # --- the chain
 
 
+@pytest.mark.chain
 @pytest.mark.parametrize(
     "settings",
     [
@@ -93,7 +77,7 @@ def test_two_blocks_equal_one_uninterrupted_run_bit_for_bit(
     training = {"gradient_accumulation": 2, "log_every": 1}
     chain = make_online_run("chain", settings, training={**training, "epochs_per_job": 1, "total_jobs": 2})
     whole = make_online_run("whole", settings, training={**training, "epochs_per_job": 2, "total_jobs": 1})
-    assert largest_difference(train_to_the_end(chain), train_to_the_end(whole)) == 0
+    assert_identical(trained_weights(chain), trained_weights(whole))
     lines = [list(run.folder.metrics()) for run in (chain, whole)]
     assert [line["reward"] for line in lines[0]] == [line["reward"] for line in lines[1]]
     assert {"reward", "reward_module", "reward_std", "zero_std_share", "answer_tokens", "cut_share", "entropy"} < set(
@@ -103,6 +87,7 @@ def test_two_blocks_equal_one_uninterrupted_run_bit_for_bit(
     assert all("eval_reward" in event for event in chain.folder.events() if event["event"] == "block_end")
 
 
+@pytest.mark.chain
 def test_two_blocks_of_an_adapter_with_dropout_in_bfloat16_equal_one_run(
     make_online_run: MakeRun, teacher: Path
 ) -> None:
@@ -111,8 +96,8 @@ def test_two_blocks_of_an_adapter_with_dropout_in_bfloat16_equal_one_run(
     settings = GrpoConfig(**SHORT, beta=0.1)
     chain = make_online_run("chain", settings, model=model, training={"epochs_per_job": 1, "total_jobs": 2})
     whole = make_online_run("whole", settings, model=model, training={"epochs_per_job": 2, "total_jobs": 1})
-    trained = train_to_the_end(chain)
-    assert largest_difference(trained, train_to_the_end(whole)) == 0
+    trained = trained_weights(chain)
+    assert_identical(trained, trained_weights(whole))
     assert all(bool(weight.any()) for name, weight in trained.items() if "lora_B" in name), "they began as zeros"
     assert "kl" in next(iter(chain.folder.metrics()))
 
@@ -126,6 +111,7 @@ def test_a_gradient_that_is_not_finite_at_a_further_iteration_ends_the_block_wit
     assert newest_valid(run.folder.checkpoints) == (None, [])
 
 
+@pytest.mark.chain
 def test_a_stop_between_micro_batches_changes_nothing(make_online_run: MakeRun) -> None:
     """The step is abandoned, and its answers are written again by the same numbers."""
     training = {"gradient_accumulation": 3, "epochs_per_job": 2}
@@ -140,7 +126,7 @@ def test_a_stop_between_micro_batches_changes_nothing(make_online_run: MakeRun) 
 
     stopped = train_block(run, build_trainer=build, score_block=lambda trainer: {}, export=lambda end: None)
     assert stopped.stopped and 0 < stopped.step < stopped.horizon_steps
-    assert largest_difference(train_to_the_end(run), train_to_the_end(whole)) == 0
+    assert_identical(trained_weights(run), trained_weights(whole))
 
 
 @pytest.mark.parametrize("loss", ["grpo", "bnpo", "dapo", "dr_grpo", "rloo"])
@@ -174,7 +160,7 @@ def test_further_iterations_are_updates_from_the_same_answers(make_online_run: M
     training = {"lr": 0.5, "lr_scheduler": "constant", "warmup": 0, "max_grad_norm": 0, "batch_size": 6,
                 "gradient_accumulation": 2, "arguments": {"optim": "sgd", "report_to": "none"}}  # fmt: skip
     run = make_online_run("run", GrpoConfig(**SHORT, iterations=3, epsilon=0.05), training=training)
-    trained = train_to_the_end(run)
+    trained = trained_weights(run)
 
     model = rewards.build_model(run, None)
     loss = rewards.build_loss(run, rewards.build_writer(run, model, Ranks(), None), step=0)
@@ -189,7 +175,7 @@ def test_further_iterations_are_updates_from_the_same_answers(make_online_run: M
             weight.data -= 0.5 * weight.grad
             weight.grad = None
     expected = {name: weight for name, weight in model.state_dict().items() if name in trained}
-    assert largest_difference(trained, expected) < 1e-6
+    torch.testing.assert_close(trained, expected, rtol=0, atol=1e-6)
     (line,) = run.folder.metrics()
     assert line["step"] == 1 and line["clip_share"] > 0
     assert line["clip_share"] == pytest.approx(loss.take()["clip_share"])
@@ -203,6 +189,7 @@ def test_a_resume_with_another_reward_is_refused(make_online_run: MakeRun) -> No
         finetuning.train(replace(run, finetuning=FinetuningConfig(objective="grpo", grpo=other)))
 
 
+@pytest.mark.chain
 def test_evaluation_tells_the_mean_reward_before_and_after(make_online_run: MakeRun) -> None:
     settings = GrpoConfig(group_size=8, max_new_tokens=2)
     run = make_online_run("run", settings, training={"epochs_per_job": 10, "batch_size": 4, "lr": 1e-2})
@@ -219,6 +206,7 @@ def test_evaluation_tells_the_mean_reward_before_and_after(make_online_run: Make
     assert "score" in result, "the module's score is told too"
 
 
+@pytest.mark.chain
 @pytest.mark.parametrize("objective", ["grpo", "rloo"])
 def test_the_examples_train_in_two_chained_blocks(objective: str, make_run: MakeRun, tmp_path: Path) -> None:
     config = read_run_config(PROJECT / f"configs/examples/{objective}.yaml", ["--dataset.num_rows", "20"])
@@ -390,6 +378,7 @@ def test_a_judge_reads_prompt_and_answer_and_what_it_cannot_say_is_counted(teach
     assert 0 <= value <= 1
 
 
+@pytest.mark.chain
 def test_training_by_a_judge_and_a_reward_model_tells_each_reward(
     make_online_run: MakeRun, teacher: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

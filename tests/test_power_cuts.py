@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import signal
 import time
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
 
+import pytest
 import torch
-from test_exact_resume import assert_every_row_once_in_each_epoch, assert_identical, final_weights, train_to_the_end
+from test_exact_resume import assert_every_row_once_in_each_epoch
+from trained_runs import assert_identical, final_weights, processes_that_start_fast, train_to_the_end
 
 from training.run import FinetuningRun
+
+pytestmark = pytest.mark.chain
 
 MakeRun = Callable[..., FinetuningRun]
 
@@ -25,13 +27,6 @@ LONGEST_LIFE = 9
 def train_in_this_process(run: FinetuningRun) -> None:
     torch.set_num_threads(1)
     train_to_the_end(run)
-
-
-def processes_that_start_fast() -> ForkServerContext:
-    """Processes forked from one that has imported everything: each life would begin with 5 s of imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finetuning", "training.trainer", "training.evaluation", "training.models", "peft"])
-    return context
 
 
 def is_saving(run: FinetuningRun) -> bool:
@@ -54,8 +49,8 @@ def newest_logged_step(run: FinetuningRun) -> int:
 
 
 def test_a_run_that_loses_power_twenty_times_ends_with_the_same_weights(make_run: MakeRun) -> None:
-    training = {"lr": 1e-3, "batch_size": 1, "save_every": SAVE_EVERY, "log_every": 1, "epochs_per_job": 40}
-    whole, cut = make_run("whole", training=training), make_run("cut", training=training)
+    training = {"lr": 1e-3, "batch_size": 1, "log_every": 1, "epochs_per_job": 25}
+    whole, cut = make_run("whole", training=training), make_run("cut", training={**training, "save_every": SAVE_EVERY})
     context, dice = processes_that_start_fast(), random.Random(7)
     cut_in_a_save = 0
     reached = []

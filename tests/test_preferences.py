@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from trained_runs import assert_identical, train_to_the_end, trained_weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import finetuning
@@ -60,43 +60,33 @@ def make_preference_run(make_run: MakeRun, prepared: dict[str, PreparedData]) ->
     return make
 
 
-def train_to_the_end(run: FinetuningRun) -> dict[str, torch.Tensor]:
-    while not finetuning.train(run).finished:
-        pass
-    checkpoint, rejected = newest_valid(run.folder.checkpoints)
-    assert checkpoint is not None and not rejected
-    return load_file(next(checkpoint.path.glob("*model.safetensors")))
-
-
-def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
-
-
 # --- the chain
 
 
+@pytest.mark.chain
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_two_blocks_equal_one_uninterrupted_run_bit_for_bit(objective: str, make_preference_run: MakeRun) -> None:
     training = {"gradient_accumulation": 2, "max_grad_norm": 0.5}
     chain = make_preference_run("chain", objective, training={**training, "epochs_per_job": 1, "total_jobs": 2})
     whole = make_preference_run("whole", objective, training={**training, "epochs_per_job": 2, "total_jobs": 1})
-    assert largest_difference(train_to_the_end(chain), train_to_the_end(whole)) == 0
+    assert_identical(trained_weights(chain), trained_weights(whole))
     (first, last) = [event for event in chain.folder.events() if event["event"] == "block_end"]
     assert {"eval_loss", "eval_accuracy", "eval_margin"} <= last.keys()
     assert last["eval_loss"] < first["eval_loss"]
 
 
+@pytest.mark.chain
 def test_two_blocks_of_an_adapter_with_dropout_equal_one_run(make_preference_run: MakeRun, teacher: Path) -> None:
     model = {"name": str(teacher), "from_scratch": False, "peft": True, "lora": LoraConfig(r=4, dropout=0.2)}
     chain = make_preference_run("chain", "dpo", model=model, training={"epochs_per_job": 1, "total_jobs": 2})
     whole = make_preference_run("whole", "dpo", model=model, training={"epochs_per_job": 2, "total_jobs": 1})
-    assert largest_difference(train_to_the_end(chain), train_to_the_end(whole)) == 0
+    assert_identical(trained_weights(chain), trained_weights(whole))
 
 
 # --- a reference that is asked beforehand
 
 
+@pytest.mark.chain
 @pytest.mark.parametrize(("objective", "peft"), [("dpo", False), ("kto", True)])
 def test_a_reference_asked_beforehand_teaches_what_one_asked_along_the_way_does(
     objective: str, peft: bool, make_preference_run: MakeRun, teacher: Path, monkeypatch: pytest.MonkeyPatch
@@ -115,7 +105,7 @@ def test_a_reference_asked_beforehand_teaches_what_one_asked_along_the_way_does(
         model=model,
         training={**two_blocks, "epochs_per_job": 2, "total_jobs": 1},
     )
-    assert largest_difference(train_to_the_end(chain), train_to_the_end(whole)) == 0
+    assert_identical(trained_weights(chain), trained_weights(whole))
     scores = finetuning.evaluate(chain)
     monkeypatch.undo()
     along = make_preference_run("along", objective, model=model, training=two_blocks)
@@ -125,11 +115,12 @@ def test_a_reference_asked_beforehand_teaches_what_one_asked_along_the_way_does(
     assert scores["margin"] == pytest.approx(finetuning.evaluate(along)["margin"], rel=1e-3)
 
 
+@pytest.mark.chain
 def test_in_the_same_batches_what_the_reference_says_is_the_same_bit_for_bit(make_preference_run: MakeRun) -> None:
     settings = DpoConfig(precompute_reference=True)
     before = make_preference_run("before", "dpo", settings=settings, training={"batch_size": 1})
     live = make_preference_run("live", "dpo", training={"batch_size": 1})
-    assert largest_difference(train_to_the_end(before), train_to_the_end(live)) == 0
+    assert_identical(trained_weights(before), trained_weights(live))
 
 
 def test_an_interrupted_pass_of_the_reference_goes_on_and_is_shared_by_processes(
@@ -160,7 +151,7 @@ def test_an_interrupted_pass_of_the_reference_goes_on_and_is_shared_by_processes
         compute("interrupted", Ranks())
     times = [path.stat().st_mtime_ns for path in asked]
     monkeypatch.setattr(reference.Shard, "write", write)
-    monkeypatch.setattr(reference.shutil, "rmtree", lambda folder: None)
+    monkeypatch.setattr(reference.shutil, "rmtree", lambda folder: None)  # as where the job is killed before it
     alone = compute("interrupted", Ranks())
     assert [path.stat().st_mtime_ns for path in asked] == times
     for rank in (1, 2, 0):
@@ -169,6 +160,10 @@ def test_an_interrupted_pass_of_the_reference_goes_on_and_is_shared_by_processes
         values = np.load(alone / f"{split}.npy")
         assert len(values) == len(packs.rows) and (values < 0).all()
         assert np.array_equal(values, np.load(shared / f"{split}.npy"))
+    monkeypatch.undo()
+    assert asked[0].exists()
+    compute("interrupted", Ranks())
+    assert not asked[0].parent.exists()
 
 
 def test_values_of_another_model_or_arithmetic_are_not_taken(make_preference_run: MakeRun, teacher: Path) -> None:
@@ -195,6 +190,7 @@ def rewards_by(model: Any, run: FinetuningRun) -> list[float]:
         return [float(model.eval()(torch.tensor(row.input_ids[None].astype("int64"))).logits[0, 0]) for row in rows]
 
 
+@pytest.mark.chain
 def test_a_reward_model_of_adapters_resumes_exactly_and_loads_from_adapter_and_merged_whole(
     make_preference_run: MakeRun, teacher: Path
 ) -> None:
@@ -202,8 +198,8 @@ def test_a_reward_model_of_adapters_resumes_exactly_and_loads_from_adapter_and_m
     model = {**base, "merge_adapter": True}
     chain = make_preference_run("chain", "reward", model=model, training={"epochs_per_job": 1, "total_jobs": 2})
     whole = make_preference_run("whole", "reward", model=model, training={"epochs_per_job": 2, "total_jobs": 1})
-    trained = train_to_the_end(chain)
-    assert largest_difference(trained, train_to_the_end(whole)) == 0
+    trained = trained_weights(chain)
+    assert_identical(trained, trained_weights(whole))
     assert any(name.endswith("score.modules_to_save.default.weight") for name in trained)
 
     merged = AutoModelForSequenceClassification.from_pretrained(chain.folder.export / "merged")
@@ -217,6 +213,7 @@ def test_a_reward_model_of_adapters_resumes_exactly_and_loads_from_adapter_and_m
     assert "AutoModelForSequenceClassification.from_pretrained(" in card and "num_labels=1, pad_token_id=" in card
 
 
+@pytest.mark.chain
 def test_a_reward_model_begins_with_adapters_that_were_trained_before(
     make_preference_run: MakeRun, teacher: Path
 ) -> None:
@@ -288,6 +285,7 @@ def test_a_resume_with_another_loss_is_refused(make_preference_run: MakeRun) -> 
         finetuning.train(replace(run, finetuning=other))
 
 
+@pytest.mark.chain
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_evaluation_tells_accuracy_and_margin_by_source(objective: str, make_preference_run: MakeRun) -> None:
     run = make_preference_run("run", objective, training={"epochs_per_job": 4})
@@ -301,6 +299,7 @@ def test_evaluation_tells_accuracy_and_margin_by_source(objective: str, make_pre
     assert result["accuracy"] > 0.9 and result["margin"] > 0
 
 
+@pytest.mark.chain
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_examples_train_in_two_chained_blocks(objective: str, make_run: MakeRun, tmp_path: Path) -> None:
     config = read_run_config(PROJECT / f"configs/examples/{objective}.yaml", ["--dataset.num_rows", "30"])

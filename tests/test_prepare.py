@@ -247,6 +247,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
     assert list((tmp_path / "prepared").iterdir()) == []
 
 
+@pytest.mark.chain
 def test_a_full_disk_passes_through_and_leaves_nothing_that_looks_finished(tmp_path):
     request = make_request(tmp_path, num_rows_many())
     code = (
@@ -278,6 +279,7 @@ def prepare_in_process(request: PreparationRequest, root: Path, result: Path) ->
     result.write_text(f"{prepared.fingerprint} {prepared.folder.name}")
 
 
+@pytest.mark.chain
 def test_runs_at_once_end_with_the_same_whole_data(tmp_path):
     request = make_request(tmp_path, num_rows_many())
     results = [tmp_path / f"result-{run}" for run in range(3)]
@@ -327,6 +329,7 @@ def content_of(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
+@pytest.mark.chain
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr("mixture.tokenising.SAMPLES_PER_BATCH", 64)
     text = (
@@ -357,6 +360,7 @@ def test_a_mistake_in_a_row_is_named_the_same_by_workers(tmp_path, monkeypatch):
     assert messages[0] == messages[1] and list((tmp_path / "prepared").iterdir()) == []
 
 
+@pytest.mark.chain
 def test_a_worker_that_is_killed_is_an_error_and_workers_end_with_the_run(tmp_path):
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"

@@ -1,4 +1,4 @@
-"""Every command of the README, run as it stands there, in a copy of the project."""
+"""Every command of the README and of the documents beside it, run as it stands there, in a copy of the project."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ import pytest
 
 from jobs.config import PROJECT
 
+pytestmark = pytest.mark.chain
+
 RunCommand = Callable[..., subprocess.CompletedProcess[str]]
-README = (PROJECT / "README.md").read_text()
+README, TRAINERS, DATASETS = ((PROJECT / name).read_text() for name in ("README.md", "TRAINERS.md", "DATASETS.md"))
 ONE_SHORT_BLOCK = ["--training.epochs_per_job", "1", "--training.total_jobs", "1"]
 
 
-def commands() -> list[str]:
-    """Lines and inline snippets of the README that call a script of the project, without their comments."""
-    found = re.findall(r"^    (\./\S.*?)(?:\s{2,}#.*)?$|`(\./[^`]+)`", README, re.MULTILINE)
-    return list(dict.fromkeys((block or inline).strip() for block, inline in found))
+def commands(document: str) -> set[str]:
+    """Lines and inline snippets of a document that call a script of the project, without their comments."""
+    found = re.findall(r"^    (\./\S.*?)(?:\s{2,}#.*)?$|`(\./[^`]+)`", document, re.MULTILINE)
+    return {(block or inline).strip() for block, inline in found}
 
 
 def test_the_readme_is_short_and_every_command_in_it_has_a_test() -> None:
     assert len(README.splitlines()) < 200
-    assert set(commands()) == {
+    assert commands(README) == {
         "./train.sh configs/test.yaml",  # test_the_first_command_trains
         "./train.sh prepare configs/mixtures/toy.yaml --dry-run",  # test_the_recipe_of_the_readme_is_planned
         "./train.sh configs/test.yaml --name mixed --dataset.mixture configs/mixtures/toy.yaml",
@@ -56,6 +58,14 @@ def test_the_readme_is_short_and_every_command_in_it_has_a_test() -> None:
         "./train.sh datasets",
     }
     assert os.access(PROJECT / "tests/run", os.X_OK)
+
+
+def test_every_command_of_the_documents_beside_it_has_a_test() -> None:
+    assert commands(TRAINERS) == {
+        # test_verbs_that_steer_a_run; tests/test_launch.py, tests/test_distributed.py
+        "./train.sh resume NAME --slurm.gpus_per_node 1 --training.gradient_accumulation 4",
+    }
+    assert commands(DATASETS) == {"./train.sh datasets"}  # test_the_list_of_datasets
 
 
 def test_the_first_command_trains(project_copy: Path) -> None:
@@ -89,8 +99,7 @@ def test_an_example_learns_from_images_among_texts(in_copy: RunCommand) -> None:
 
 
 def test_an_example_learns_from_preferences(in_copy: RunCommand) -> None:
-    few = ["--dataset.num_rows", "30", "--training.epochs_per_job", "1", "--cluster", "local"]
-    answer = in_copy("./train.sh configs/examples/dpo.yaml", *few)
+    answer = in_copy("./train.sh configs/examples/dpo.yaml", *ONE_SHORT_BLOCK, "--dataset.num_rows", "30")
     assert answer.returncode == 0, answer.stderr
     assert "accuracy" in answer.stdout
 
@@ -129,7 +138,14 @@ def test_status_and_logs_of_a_run(in_copy: RunCommand) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["stop gsm8k", "cancel gsm8k", "resume gsm8k", "extend gsm8k --jobs 2 --lr-policy rewarm"]
+    "command",
+    [
+        "stop gsm8k",
+        "cancel gsm8k",
+        "resume gsm8k",
+        "resume gsm8k --slurm.gpus_per_node 1 --training.gradient_accumulation 4",
+        "extend gsm8k --jobs 2 --lr-policy rewarm",
+    ],
 )
 def test_verbs_that_steer_a_run_name_the_runs_there_are(in_copy: RunCommand, command: str) -> None:
     answer = in_copy(f"./train.sh {command}")

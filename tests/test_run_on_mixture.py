@@ -12,6 +12,8 @@ import pytest
 from jobs.config import PROJECT
 from training.run_folder import RunFolder
 
+pytestmark = pytest.mark.chain
+
 TEST_YAML = str(PROJECT / "configs/test.yaml")
 RECIPE = """
 metadata:

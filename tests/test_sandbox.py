@@ -11,11 +11,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from sandbox.confinement import CREATE_RULESET
 from sandbox.python import Limits, TestRun, code_of, missing_protection, run_tests
+
+if TYPE_CHECKING:
+    from slurm_cluster import SlurmCluster
+
+pytest_plugins = ["slurm_cluster"]
 
 PROJECT = Path(__file__).parent.parent
 SHORT = Limits(time_s=1.0, memory_bytes=256 << 20, folder_bytes=1 << 20)
@@ -210,16 +216,17 @@ def asleep(pid: int) -> bool:
 WITHOUT_CALLS = """
 import ctypes, json, struct, sys
 from sandbox.confinement import *
-numbers, runs = json.loads(sys.argv[1])
+numbers = json.loads(sys.argv[1])
 code = b"".join([instruction(LOAD, NUMBER_AT), *(part for number in numbers for part in (
     instruction(EQUAL, number, skip_if_false=1), instruction(RETURN, ENOSYS))), instruction(RETURN, ALLOW)])
 buffer = ctypes.create_string_buffer(code, len(code))
 header = ctypes.create_string_buffer(struct.pack("HP", len(code) // 8, ctypes.addressof(buffer)))
 kernel(libc().prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 kernel(libc().prctl, PR_SET_SECCOMP, 2, ctypes.addressof(header), 0, 0)
-
+"""
+RUN_TESTS = """
 from sandbox.python import run_tests
-for program, unprotected in runs:
+for program, unprotected in json.loads(sys.argv[2]):
     try:
         found = run_tests(program, "", unprotected=unprotected)
         print(found.outcome, (found.output.splitlines() or [""])[-1])
@@ -231,10 +238,18 @@ UNSHARE = {"x86_64": 272, "aarch64": 97}[platform.machine()]
 
 def runs_without(calls: list[int], *runs: tuple[str, bool]) -> list[str]:
     """What becomes of programs, each allowed to be unprotected or not, on a kernel without these system calls."""
-    command = [sys.executable, "-c", WITHOUT_CALLS, json.dumps([calls, runs])]
+    command = [sys.executable, "-c", WITHOUT_CALLS + RUN_TESTS, json.dumps(calls), json.dumps(runs)]
     found = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     return found.stdout.splitlines()
+
+
+def check_without(calls: list[int], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """What `./train.sh check` says of a run that scores code, on a kernel without these system calls."""
+    program = WITHOUT_CALLS + "from jobs.__main__ import main\nsys.exit(main(sys.argv[2:]))"
+    check = ["check", "configs/test.yaml", "--dataset.name", "mbpp", "--dataset.packing", "false", *arguments]
+    command = [sys.executable, "-c", program, json.dumps(calls), *check]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
 
 
 READS, FORKS = "open('/etc/passwd').read()", "import os; os.fork()"
@@ -260,6 +275,24 @@ def test_where_files_cannot_be_protected_nothing_runs_unless_that_is_allowed() -
     assert "it lacks Landlock, of Linux 5.13 or newer and switched on (Function not implemented), or mounts" in refused
     assert "evaluation.unprotected_code: true" in refused
     assert reads == "passed " and forks.startswith("failed OSError")
+
+
+def test_where_files_cannot_be_protected_a_run_that_scores_code_is_told_so_before_it_starts() -> None:
+    here = ["--cluster", "local"]
+    refused = check_without([CREATE_RULESET, UNSHARE], *here)
+    assert refused.returncode == 64 and len(refused.stderr.splitlines()) == 1
+    assert "evaluation.unprotected_code: answers of a model are programs that nobody has read" in refused.stderr
+    for allowed in (["--evaluation.unprotected_code", "true"], ["--evaluation.limit", "0"]):
+        assert check_without([CREATE_RULESET, UNSHARE], *here, *allowed).returncode == 0
+    assert check_without([], *here).returncode == 0
+
+
+@pytest.mark.cluster
+def test_on_a_cluster_it_is_a_note_since_the_nodes_may_be_other_machines(slurm: SlurmCluster) -> None:
+    told = check_without([CREATE_RULESET, UNSHARE], "--cluster", "slurm")
+    assert told.returncode == 0, told.stderr
+    note = " ".join(told.stdout.split())
+    assert "note: answers of a model are programs" in note and "doctor FILE --on-node asks whether a node can" in note
 
 
 # --- code in answers

@@ -72,6 +72,7 @@ def test_statistics_are_those_of_the_files(tmp_path, unique):
     assert (stats.total_chars, stats.min_length, stats.max_length) == (sum(lengths), min(lengths), max(lengths))
 
 
+@pytest.mark.chain
 @pytest.mark.parametrize("layout", ["mixed", "categories"])
 def test_bytes_are_the_same_for_any_workers_and_chunks(tmp_path, monkeypatch, layout):
     checksums = set()

@@ -16,6 +16,7 @@ from tiny_chains import checked_run, queued_names, quick_train, train_sh
 
 from jobs import launch, submission
 from jobs.config import PROJECT, read_resolved_config
+from jobs.local import owner_of
 from jobs.plan import plan_run
 from jobs.queue import SlurmError
 from jobs.status import read_status
@@ -226,9 +227,10 @@ def test_a_run_that_is_stopped_while_it_is_submitted_leaves_no_job(
     assert queued_names(waiting_partition) == []
 
 
+@pytest.mark.chain
 def test_a_run_here_is_cancelled_at_once_stopped_with_a_checkpoint_and_resumed(tmp_path: Path, data_dir: Path) -> None:
     run = RunFolder(tmp_path / "runs/test")
-    command = [TEST_YAML, *SETTINGS, *folders(tmp_path, data_dir), "--cluster", "local"]
+    command = [TEST_YAML, *SETTINGS, *folders(tmp_path, data_dir), "--cluster", "local", "--dataset.num_rows", "200"]
     with started(*command) as first:
         wait_for_steps(run, 10)
         started_s = time.monotonic()
@@ -238,9 +240,10 @@ def test_a_run_here_is_cancelled_at_once_stopped_with_a_checkpoint_and_resumed(t
     assert not run.done.exists()
 
     with started("resume", str(run.path)) as second:
-        wait_for_steps(run, 10)
+        wait_for("lock", lambda: owner_of(run) is not None, run)
         rival = train_sh("resume", str(run.path))
         assert rival.returncode == 64 and "is being worked on by process" in rival.stderr
+        wait_for_steps(run, 10)
         assert "saves a checkpoint and ends" in succeeds("stop", str(run.path))
         assert second.wait(timeout=60) == 75
     stopped_at = saved_step(run)

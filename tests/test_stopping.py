@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_exact_resume import assert_every_row_once_in_each_epoch, assert_identical, final_weights, train_to_the_end
+from test_exact_resume import assert_every_row_once_in_each_epoch
+from trained_runs import assert_identical, final_weights, train_to_the_end
 
 import finetuning
 from jobs.requeue import read_job
@@ -83,6 +84,7 @@ def test_what_the_process_was_told_to_ignore_stays_ignored() -> None:
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "still here\n"
 
 
+@pytest.mark.chain
 def test_a_stop_between_micro_batches_gives_the_step_up_and_changes_nothing(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.chain
+
 TRAIN_SH = Path(__file__).parent.parent / "train.sh"
 STAMP = "baton-requirements.lock"
 JOBS_MAIN = """

@@ -160,6 +160,7 @@ distributed.all_reduce(ones(1))
 """
 
 
+@pytest.mark.chain
 def test_a_rank_that_lost_its_peer_is_told_from_the_one_that_died(tmp_path: Path) -> None:
     logs = [tmp_path / f"7_{rank}_log.out" for rank in range(2)]
     command = [sys.executable, "-c", LOSE_A_PEER]

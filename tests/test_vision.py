@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from image_models import FAMILIES
-from safetensors.torch import load_file
+from trained_runs import assert_identical, train_to_the_end, trained_weights
 
 import finetuning
 from jobs import launch
@@ -34,6 +34,8 @@ from training.evaluation import GenerationScore
 from training.run import FinetuningRun
 from training.run_folder import RunFolder
 from training.vision import scored_answers_about_images
+
+pytestmark = pytest.mark.chain
 
 MakeRun = Callable[..., FinetuningRun]
 
@@ -116,20 +118,6 @@ def make_image_run(make_run: MakeRun, model: Path, shapes: PreparedData) -> Make
     return make
 
 
-def train_to_the_end(run: FinetuningRun) -> dict[str, torch.Tensor]:
-    while not finetuning.train(run).finished:
-        pass
-    checkpoint, rejected = newest_valid(run.folder.checkpoints)
-    assert checkpoint is not None and not rejected
-    assert checkpoint.ledger.whole_epochs == int(checkpoint.epoch)
-    return load_file(next(checkpoint.path.glob("*model.safetensors")))
-
-
-def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
-
-
 # --- the chain
 
 
@@ -137,7 +125,7 @@ def test_two_blocks_equal_one_uninterrupted_run_bit_for_bit(make_image_run: Make
     training = {"gradient_accumulation": 2, "max_grad_norm": 0.5}
     chain = make_image_run("chain", training={**training, "epochs_per_job": 1, "total_jobs": 2})
     whole = make_image_run("whole", training={**training, "epochs_per_job": 2, "total_jobs": 1})
-    assert_identical(train_to_the_end(chain), train_to_the_end(whole))
+    assert_identical(trained_weights(chain), trained_weights(whole))
     first, last = [event for event in chain.folder.events() if event["event"] == "block_end"]
     assert last["eval_loss"] < first["eval_loss"]
 
@@ -149,8 +137,14 @@ def test_an_adapter_leaves_the_vision_tower_alone_unless_asked(make_image_run: M
     for name, train_vision in (("text", None), ("all", True)):
         keys |= {"lora": LoraConfig(r=2), "train_vision": train_vision}
         run = make_image_run(name, model=keys, training={"total_jobs": 2})
-        trained = [weight for weight in train_to_the_end(run) if "lora" in weight]
+        trained = [weight for weight in trained_weights(run) if "lora" in weight]
         assert trained and any("vision" in weight for weight in trained) == (train_vision is True)
+    for exclude in (["q_proj"], r".*\.q_proj"):
+        more = {**keys, "train_vision": False, "merge_adapter": False, "adapter": {"exclude_modules": exclude}}
+        weights = images.build_model(make_image_run("excluded", model=more), None).state_dict()
+        adapted = {name.split(".lora_")[0] for name in weights if "lora" in name}
+        assert any(name.endswith("k_proj") for name in adapted)
+        assert not any("vision" in name or name.endswith("q_proj") for name in adapted)
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     for folder in (base.folder.export, run.folder.export / "merged"):

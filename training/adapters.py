@@ -120,7 +120,7 @@ def peft_config(model: ModelConfig, task: Task, leave_alone: str | None) -> Any:
     if leave_alone is not None:
         if "exclude_modules" not in adapter_method(model.peft_method).options:
             raise ValueError("it cannot leave the vision tower alone; use lora, or set model.train_vision: true")
-        options.setdefault("exclude_modules", rf"{re.escape(leave_alone)}\..*")
+        options["exclude_modules"] = excluded_modules(leave_alone, options.get("exclude_modules"))
     if model.peft_method in LORA_FAMILY:
         return peft.LoraConfig(
             task_type=task,
@@ -138,6 +138,17 @@ def peft_config(model: ModelConfig, task: Task, leave_alone: str | None) -> Any:
     if model.peft_method == "adalora":
         options["total_step"] = adalora.placeholder_steps(options)
     return PEFT_TYPE_TO_CONFIG_MAPPING[model.peft_method.upper()](task_type=task, **options)
+
+
+def excluded_modules(leave_alone: str, excluded: str | list[str] | None) -> str:
+    """A pattern, as peft matches it with whole names, of a part of the model and of what the user leaves out beside it:
+    a pattern too, or the ends of names."""
+    patterns = [rf"{re.escape(leave_alone)}\..*"]
+    if isinstance(excluded, str):
+        patterns.append(excluded)
+    elif excluded:
+        patterns.append(rf"(?:.*\.)?(?:{'|'.join(map(re.escape, excluded))})")
+    return "|".join(f"(?:{pattern})" for pattern in patterns)
 
 
 def is_adapter(model: nn.Module) -> bool:

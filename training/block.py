@@ -132,21 +132,10 @@ def make_trainer(
     """
     from training.adapters import adapter_steps
     from training.batches import collate as plain_collate
-    from training.models import parameters_hash, precision
+    from training.models import precision
     from training.trainer import BlockTrainer, training_arguments
 
-    terms = ResumeTerms(
-        fingerprint=start.prepared.fingerprint,
-        objective=objective,
-        parameters=parameters_hash(model, run.model),
-        **asdict(Split.of(run.training, world_size=start.ranks.world_size)),
-        parallelism=run.training.parallelism,
-        horizon_steps=start.horizon.total_steps,
-        optimization=run.training.optimization,
-    )
-    if start.checkpoint:
-        earlier = terms_before_extensions(terms, run.training, start.horizon, step=start.checkpoint.step)
-        refuse_changed_terms(start.checkpoint, terms, before_extensions=earlier)
+    terms = resume_terms(run, start, model, objective)
     if run.model.peft and run.model.peft_method == EXPERTS:
         tied_to_split = f"model.peft_method: {EXPERTS} balances its experts over each micro-batch"
     return BlockTrainer(
@@ -177,6 +166,25 @@ def make_trainer(
         owner=run.owner,
         stop_requested=StopPoll(run.stopping, run.folder.stop).is_requested,
     )
+
+
+def resume_terms(run: TrainerRun, start: BlockStart, model: torch.nn.Module, objective: str) -> ResumeTerms:
+    """What the next block must share with this one; ValueError where this one does not share it with the one before."""
+    from training.models import parameters_hash
+
+    terms = ResumeTerms(
+        fingerprint=start.prepared.fingerprint,
+        objective=objective,
+        parameters=parameters_hash(model, run.model),
+        **asdict(Split.of(run.training, world_size=start.ranks.world_size)),
+        parallelism=run.training.parallelism,
+        horizon_steps=start.horizon.total_steps,
+        optimization=run.training.optimization,
+    )
+    if start.checkpoint:
+        earlier = terms_before_extensions(terms, run.training, start.horizon, step=start.checkpoint.step)
+        refuse_changed_terms(start.checkpoint, terms, before_extensions=earlier)
+    return terms
 
 
 def build_data(run: TrainerRun, split: str) -> PackedDataset:

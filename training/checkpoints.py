@@ -86,19 +86,24 @@ class ResumeTerms:
 
 
 REMEDY = {
+    # What splits a step has one remedy for all of it, told by `refusal_of_split`.
     "fingerprint": "the prepared data changed; restore the dataset settings and files that the chain began with",
     "objective": "restore finetuning.objective, or the section of the trainer that the chain began with",
     "parameters": "what is trained changed; restore model.name, model.peft, model.peft_method, model.lora, "
     "model.adapter and model.experts",
-    "batch_size": "restore training.batch_size",
-    "gradient_accumulation": "restore training.gradient_accumulation",
-    "world_size": "ask for as many GPUs as the chain began with (slurm.nodes x slurm.gpus_per_node)",
     "parallelism": "restore training.parallelism, which decides how the optimizer's state lies in a checkpoint",
     "optimization": "restore training.lr, training.lr_scheduler, training.warmup, training.weight_decay and "
     "training.extensions",
     "horizon_steps": "the learning rate spans the whole chain; restore training.epochs_per_job and "
     "training.total_jobs, and go on beyond them with ./train.sh extend",
 }
+
+
+SPLIT = (
+    "training.batch_size, training.gradient_accumulation and the number of processes (slurm.nodes x "
+    "slurm.gpus_per_node)"
+)
+"""What splits the rows of an optimizer step, for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,16 +211,15 @@ def refuse_changed_terms(
 
     `before_extensions`: other terms that the checkpoint may have been written under, because the chain was extended.
     """
-    old_split = checkpoint.terms.split
-    other_split = refusal_of_split(terms.split, before=old_split, tied=checkpoint.tied_to_split)
-    if other_split is None:
-        terms, before_extensions = terms.split_as(old_split), [one.split_as(old_split) for one in before_extensions]
-    if checkpoint.terms in before_extensions:
-        return
-    old, new = asdict(checkpoint.terms), asdict(terms)
-    changes = [f"{key}: {old[key]} -> {new[key]} ({REMEDY[key]})" for key in old if old[key] != new[key]]
-    if other_split is not None:
-        changes.append(other_split)
+    before = checkpoint.terms
+    other_split = refusal_of_split(terms.split, before=before.split, tied=checkpoint.tied_to_split)
+    changes = [] if other_split is None else [other_split]
+    continued = [one.split_as(before.split) for one in (terms, *before_extensions)]
+    if terms.split.rows_per_step != before.split.rows_per_step:  # the number of steps follows it
+        continued = [replace(one, horizon_steps=before.horizon_steps) for one in continued]
+    if before not in continued:
+        old, new = asdict(before), asdict(continued[0])
+        changes += [f"{key}: {old[key]} -> {new[key]} ({REMEDY[key]})" for key in old if old[key] != new[key]]
     if changes:
         raise ValueError(
             f"cannot resume {checkpoint.path}: this run is not the one that wrote it\n  " + "\n  ".join(changes) + "\n"
@@ -236,12 +240,12 @@ def refusal_of_split(split: Split, *, before: Split, tied: str | None) -> str | 
         advice = (
             f"training.gradient_accumulation: {accumulation} keeps them"
             if not rest and not tied
-            else "restore training.batch_size, training.gradient_accumulation and the number of processes"
+            else f"restore {SPLIT}"
         )
         old, new = (f"{one.rows_per_step} = {one}" for one in (before, split))
         return f"rows of an optimizer step: {old} -> {new} ({advice})"
     if tied:
-        return f"split of an optimizer step: {before} -> {split} (restore it: {tied})"
+        return f"split of an optimizer step: {before} -> {split} (restore {SPLIT}: {tied})"
     return None
 
 

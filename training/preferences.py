@@ -323,6 +323,9 @@ class PreferenceLoss:
         count = found.pop("count", 0.0)
         return {name: value / count for name, value in found.items()} if count else {}
 
+    def forget_passes(self) -> None:
+        self.sums = {}
+
 
 # --- scores on held-out data
 

@@ -64,33 +64,52 @@ def compute_reference(
     # As the first process sees it: another run may write the same values while the processes look.
     names = from_main([name for name in splits if not values_file(folder, name).exists()])
     missing = {name: splits[name] for name in names}
-    if not missing:
-        return
-    shards = [
-        Shard(shards_folder, name, packs, first)
-        for name, packs in missing.items()
-        for first in range(0, len(packs), SHARD_PACKS)
-    ]
+    if missing:
+        shards = [
+            Shard(shards_folder, name, packs, first)
+            for name, packs in missing.items()
+            for first in range(0, len(packs), SHARD_PACKS)
+        ]
+        with failing_together():
+            write_shards(shards, build, model_precision=model_precision, batch_size=batch_size, ranks=ranks)
+        with failing_together():
+            if ranks.is_main:
+                join_shards(shards, missing, folder)
     with failing_together():
-        shards_folder.mkdir(exist_ok=True)
-        reference, device = build()
-        told = time.monotonic()
-        with torch.no_grad(), reference.network() as network, autocast(device, model_precision):
-            for number in range(ranks.rank, len(shards), ranks.world_size):
-                if not shards[number].path.exists():
-                    shards[number].write(network, device, batch_size)
-                if ranks.is_main and time.monotonic() - told > REPORT_S:
-                    told = time.monotonic()
-                    print(f"reference: {number + 1} of {len(shards)} shards computed", flush=True)
-    with failing_together():
-        if ranks.is_main:
-            folder.mkdir(exist_ok=True)
-            for name, packs in missing.items():
-                own = [shard for shard in shards if shard.split == name]
-                values = in_order_of_rows(packs, np.concatenate([np.load(shard.path) for shard in own]))
-                with whole_file(values_file(folder, name), synced=True) as file:
-                    np.save(file, values)
+        # Here, as a job may have been killed between the last value and this.
+        if ranks.is_main and shards_folder.exists():
             shutil.rmtree(shards_folder)
+
+
+def write_shards(
+    shards: Sequence[Shard],
+    build: Callable[[], tuple[Reference, torch.device]],
+    *,
+    model_precision: torch.dtype,
+    batch_size: int,
+    ranks: Ranks,
+) -> None:
+    """Write this process's share of the shards, but for those that are there."""
+    shards[0].folder.mkdir(exist_ok=True)
+    reference, device = build()
+    told = time.monotonic()
+    with torch.no_grad(), reference.network() as network, autocast(device, model_precision):
+        for number in range(ranks.rank, len(shards), ranks.world_size):
+            if not shards[number].path.exists():
+                shards[number].write(network, device, batch_size)
+            if ranks.is_main and time.monotonic() - told > REPORT_S:
+                told = time.monotonic()
+                print(f"reference: {number + 1} of {len(shards)} shards computed", flush=True)
+
+
+def join_shards(shards: Sequence[Shard], splits: dict[str, PackedDataset], folder: Path) -> None:
+    """Write the values of each split from its shards."""
+    folder.mkdir(exist_ok=True)
+    for name, packs in splits.items():
+        own = [shard for shard in shards if shard.split == name]
+        values = in_order_of_rows(packs, np.concatenate([np.load(shard.path) for shard in own]))
+        with whole_file(values_file(folder, name), synced=True) as file:
+            np.save(file, values)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -116,8 +116,14 @@ def deepspeed_settings(config: TrainingConfig) -> dict[str, Any]:
     }
 
 
-ExtraMetrics = Callable[[], dict[str, float]]
-"""Further metrics since the last call; asked on all processes at every line that is logged."""
+class ExtraMetrics(Protocol):
+    """Further metrics, which the passes of the loss measure, or what comes before a step."""
+
+    def take(self) -> dict[str, float]:
+        """Those since the last call; asked on all processes at every line that is logged."""
+
+    def forget_passes(self) -> None:
+        """Count nothing of what passes of the loss have measured since the last call."""
 
 
 BeginStep = Callable[[list[Batch]], float]
@@ -410,6 +416,10 @@ class BlockTrainer(Trainer):
         model.require_backward_grad_sync = is_synced
         model.zero_grad()
         restore_random_states(states)
+        if self.extra_metrics:
+            self.extra_metrics.forget_passes()
+        if self.adapter:
+            self.adapter.take()
         self.has_settled_buckets = True
 
     def compute_loss(
@@ -497,7 +507,7 @@ class BlockTrainer(Trainer):
             "grad_norm": logs.get("grad_norm"),
             "tokens": self.state.num_input_tokens_seen,
             "tokens_per_s": tokens_per_s,
-            **(self.extra_metrics() if self.extra_metrics else {}),
+            **(self.extra_metrics.take() if self.extra_metrics else {}),
             **(self.adapter.take() if self.adapter else {}),
         }
         if self.ranks.is_main:
