@@ -124,6 +124,7 @@ def test_rows_are_equal_where_text_and_images_are_and_those_of_one_image_share_a
     assert len(rows_of(result)) == 2 * len(train)
 
 
+@pytest.mark.chain
 def test_workers_and_kills_change_no_byte(folder: Path) -> None:
     unbroken = mix(folder, THREE, "whole", workers=2)
     mixture = read_mixture(folder / "mix.yaml")

@@ -93,6 +93,7 @@ def engine(model: Path) -> Any:
 
 
 @needs_vllm
+@pytest.mark.chain
 def test_greedy_answers_and_their_log_probabilities_are_those_of_the_model(engine: VllmEngine, model: Path) -> None:
     network = load_frozen_model(ModelConfig(name=str(model), dtype="float32"))
     expected = continuations(network, PROMPTS, stops=STOPS, room=[12, 5, 12, 1])
@@ -113,6 +114,7 @@ def log_probabilities(network: Any, prompt: Any, ids: Any, temperature: float = 
 
 
 @needs_vllm
+@pytest.mark.chain
 def test_a_key_draws_the_same_again_and_tokens_as_often_as_they_are_probable(engine: VllmEngine, model: Path) -> None:
     draws = Draws(range(500), temperature=0.5)
     network = load_frozen_model(ModelConfig(name=str(model), dtype="float32"))
@@ -130,6 +132,7 @@ def test_a_key_draws_the_same_again_and_tokens_as_often_as_they_are_probable(eng
 
 
 @needs_vllm
+@pytest.mark.chain
 def test_settings_that_vllm_refuses_are_said_with_their_section(model: Path) -> None:
     engine = make_engine(no_such_argument=1)
     with pytest.raises(ValueError, match=r"finetuning\.grpo\.vllm: vLLM failed: .*no_such_argument"):
@@ -138,6 +141,7 @@ def test_settings_that_vllm_refuses_are_said_with_their_section(model: Path) -> 
 
 
 @needs_vllm
+@pytest.mark.chain
 def test_a_server_that_is_killed_is_said(model: Path) -> None:
     engine = make_engine()
     engine.load(str(model))
@@ -193,6 +197,7 @@ def test_a_python_with_vllm_is_looked_for_before_the_queue(tmp_path: Path) -> No
 
 
 @needs_vllm
+@pytest.mark.chain
 def test_answers_to_a_mixture_are_those_of_the_model(model: Path, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "What is {} plus 2?"}, {"role": "assistant", "content": "?"}] * 2
     rows = [
@@ -228,6 +233,7 @@ SHORT: dict[str, Any] = {"group_size": 4, "max_new_tokens": 6, "engine": "vllm"}
 
 
 @needs_vllm
+@pytest.mark.chain
 @pytest.mark.parametrize(
     ("settings", "keys"),
     [
@@ -284,6 +290,7 @@ if __name__ == "__main__":
 
 
 @needs_vllm
+@pytest.mark.chain
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 def test_a_draft_head_saves_in_vllm_the_passes_that_it_saves_here(
     family: str, tiny_model: Path, tmp_path: Path
