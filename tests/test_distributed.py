@@ -146,14 +146,14 @@ def distil_all(runs: list[DistillationRun]) -> None:
 
 
 def distil_and_evaluate(runs: list[DistillationRun]) -> list[int]:
-    """The weights of the teacher's decoder layers that this process holds for each run."""
+    """The weights of the teacher's decoder layers that this process holds for each run, once it was asked."""
     distil_all(runs)
     held = []
     for run in runs:
         distillation.evaluate(run)
-        layers = distillation.load_teacher(run).model.get_decoder().layers
-        local = (getattr(weight, "to_local", lambda weight=weight: weight)() for weight in layers.parameters())
-        held.append(sum(weight.numel() for weight in local))
+        teacher = distillation.load_teacher(run).model
+        teacher.base_model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+        held.append(sum(own_part(weight).numel() for weight in teacher.get_decoder().layers.parameters()))
     return held
 
 

@@ -43,7 +43,8 @@ def load_in_shards(
     network.generation_config = from_main(loaded and loaded.generation_config)
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for layer in network.get_decoder().layers:
-        fully_shard(layer, mesh=mesh)
+        # Said outright: unsaid, a layer that no other module around it is spread with stays whole after its first pass.
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     make_room(network, device)
     weights = loaded.state_dict() if loaded else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
