@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from image_models import idefics3
+from ranks import OnRanks, started_ranks
 from safetensors.torch import load_file
 from test_harness import TASKS, needs_lm_eval, write_tasks
 from transformers import AutoModelForCausalLM
@@ -42,31 +41,15 @@ MakeRun = Callable[..., FinetuningRun]
 MakeDistillation = Callable[..., DistillationRun]
 
 
-OnThreeRanks = Callable[..., list[object]]
-
 NUM_RANKS = 3
 """The sum of two numbers does not depend on their order, that of three does."""
 
 
 @pytest.fixture(scope="module")
-def on_three_ranks() -> Iterator[OnThreeRanks]:
+def on_three_ranks() -> Iterator[OnRanks]:
     """on_three_ranks(function, ...): what it returns on each of three processes, which stay up."""
-    context = multiprocessing.get_context("spawn")
-    ranks = [ProcessPoolExecutor(1, mp_context=context) for _ in range(NUM_RANKS)]
-
-    def run(function: Callable[..., object], *arguments: object) -> list[object]:
-        futures = [pool.submit(as_rank, rank, function, *arguments) for rank, pool in enumerate(ranks)]
-        return [future.result(timeout=200) for future in futures]
-
-    yield run
-    for pool in ranks:
-        pool.shutdown()
-
-
-def as_rank(rank: int, function: Callable[..., object], *arguments: object) -> object:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(NUM_RANKS), LOCAL_RANK=str(rank))
-    torch.set_num_threads(1)
-    return function(*arguments)
+    with started_ranks(NUM_RANKS) as run:
+        yield run
 
 
 def meet(folder: Path) -> tuple[list[bool], str, str]:
@@ -81,7 +64,7 @@ def meet(folder: Path) -> tuple[list[bool], str, str]:
     return agree_on_any(ranks.rank == 1, False), from_main(f"from {ranks.rank}"), failure
 
 
-def test_processes_meet_through_the_run_folder_and_agree(on_three_ranks: OnThreeRanks, tmp_path: Path) -> None:
+def test_processes_meet_through_the_run_folder_and_agree(on_three_ranks: OnRanks, tmp_path: Path) -> None:
     (tmp_path / f".rendezvous-local-{os.getpid()}").write_text("127.0.0.1 1")  # left by a launch that was killed
     first, second, third = on_three_ranks(meet, tmp_path)
     assert first == ([True, False], "from 0", "RuntimeError")
@@ -96,7 +79,7 @@ def train_all(runs: list[FinetuningRun]) -> None:
 
 
 def test_three_ranks_resume_exactly_and_see_the_loss_that_one_rank_sees(
-    on_three_ranks: OnThreeRanks, make_run: MakeRun
+    on_three_ranks: OnRanks, make_run: MakeRun
 ) -> None:
     training = {"lr": 1e-3, "batch_size": 2, "log_every": 1}
     one_rank = make_run("one-rank", training={**training, "batch_size": 6, "epochs_per_job": 2})
@@ -158,7 +141,7 @@ def distil_and_evaluate(runs: list[DistillationRun]) -> list[int]:
 
 
 def test_three_ranks_distil_exactly_and_see_the_loss_that_one_rank_sees(
-    on_three_ranks: OnThreeRanks, make_distillation: MakeDistillation
+    on_three_ranks: OnRanks, make_distillation: MakeDistillation
 ) -> None:
     training = {"lr": 1e-3, "batch_size": 2, "log_every": 1}
     cached = {"teacher": "cache", "cache": CacheConfig(k=8)}
@@ -179,7 +162,7 @@ def test_three_ranks_distil_exactly_and_see_the_loss_that_one_rank_sees(
 
 
 def test_a_live_teacher_in_shards_says_what_a_whole_one_says(
-    on_three_ranks: OnThreeRanks, make_distillation: MakeDistillation
+    on_three_ranks: OnRanks, make_distillation: MakeDistillation
 ) -> None:
     settings: dict[str, Any] = {"training": {"lr": 1e-3, "batch_size": 1}, "on_policy": OnPolicyConfig(share=0.5)}
     whole = make_distillation("whole", **settings)
@@ -195,7 +178,7 @@ def test_a_live_teacher_in_shards_says_what_a_whole_one_says(
 
 @pytest.mark.parametrize(("objective", "prepared_for"), [("dpo", "pairs"), ("kto", "labelled"), ("reward", "pairs")])
 def test_three_ranks_learn_preferences_exactly_and_as_one_rank_does(
-    objective: Any, prepared_for: Any, on_three_ranks: OnThreeRanks, make_run: MakeRun, tmp_path: Path
+    objective: Any, prepared_for: Any, on_three_ranks: OnRanks, make_run: MakeRun, tmp_path: Path
 ) -> None:
     request = PreparationRequest(
         dataset=DatasetConfig(name="synthetic_preferences", max_length=128, module_keys={"num_rows": 16}),
@@ -232,13 +215,14 @@ def evaluated(run: FinetuningRun) -> dict[str, Any]:
 
 @needs_lm_eval
 def test_three_ranks_share_the_questions_of_a_harness_and_all_learn_its_scores(
-    on_three_ranks: OnThreeRanks, make_run: MakeRun, tmp_path: Path
+    on_three_ranks: OnRanks, make_run: MakeRun, tmp_path: Path
 ) -> None:
     run = make_run("run", training={"epochs_per_job": 3})
     finetuning.train(run)
     tasks = LmEvalConfig(tasks=list(TASKS), include_path=str(write_tasks(tmp_path / "tasks")), limit=5)
     run = replace(run, evaluation=EvaluationConfig(limit=0, lm_eval=tasks))
-    assert on_three_ranks(evaluated, run) == [evaluated(run)] * NUM_RANKS
+    spread = replace(run, training=replace(run.training, parallelism="fsdp"))
+    assert on_three_ranks(evaluated, run) == on_three_ranks(evaluated, spread) == [evaluated(run)] * NUM_RANKS
 
 
 @pytest.mark.parametrize(
@@ -250,7 +234,7 @@ def test_three_ranks_share_the_questions_of_a_harness_and_all_learn_its_scores(
     ids=["grpo", "rloo"],
 )
 def test_three_ranks_learn_from_rewards_exactly_and_as_one_rank_does(
-    settings: Any, on_three_ranks: OnThreeRanks, make_run: MakeRun, tmp_path: Path
+    settings: Any, on_three_ranks: OnRanks, make_run: MakeRun, tmp_path: Path
 ) -> None:
     module = ModuleFile(PROJECT / "datasets/synthetic_sums.py")
     request = PreparationRequest(
@@ -278,7 +262,7 @@ def test_three_ranks_learn_from_rewards_exactly_and_as_one_rank_does(
 
 
 def test_a_model_in_shards_resumes_exactly_and_learns_as_whole_ones_do(
-    on_three_ranks: OnThreeRanks, make_run: MakeRun
+    on_three_ranks: OnRanks, make_run: MakeRun
 ) -> None:
     training = {"lr": 1e-3, "batch_size": 1, "gradient_accumulation": 2, "log_every": 1, "epochs_per_job": 2}
     spread = {**training, "parallelism": "fsdp", "gradient_checkpointing": True, "save_every": 2, "keep_checkpoints": 9}
@@ -315,7 +299,7 @@ def shares_of_a_model(run: FinetuningRun) -> tuple[int, int]:
     return mine, sum(weight.numel() for weight in model.parameters())
 
 
-def test_each_process_holds_its_share_of_a_model_in_shards(on_three_ranks: OnThreeRanks, make_run: MakeRun) -> None:
+def test_each_process_holds_its_share_of_a_model_in_shards(on_three_ranks: OnRanks, make_run: MakeRun) -> None:
     shares = on_three_ranks(shares_of_a_model, make_run("run"))
     (whole,) = {whole for _, whole in shares}  # type: ignore[attr-defined]
     assert sum(mine for mine, _ in shares) == whole  # type: ignore[misc]
@@ -337,7 +321,7 @@ def train_with_little_room(run: FinetuningRun) -> str:
 
 
 def test_shards_that_one_process_cannot_write_cost_only_the_newest_checkpoint(
-    on_three_ranks: OnThreeRanks, make_run: MakeRun
+    on_three_ranks: OnRanks, make_run: MakeRun
 ) -> None:
     training = {"lr": 1e-3, "batch_size": 2, "parallelism": "fsdp"}
     run = make_run("run", training={**training, "total_jobs": 2})
@@ -354,7 +338,7 @@ def test_shards_that_one_process_cannot_write_cost_only_the_newest_checkpoint(
 
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
 def test_a_chain_goes_on_over_other_processes_where_its_steps_stay_the_same(
-    parallelism: str, on_three_ranks: OnThreeRanks, make_run: MakeRun
+    parallelism: str, on_three_ranks: OnRanks, make_run: MakeRun
 ) -> None:
     training = {"lr": 1e-3, "batch_size": 2, "log_every": 1, "parallelism": parallelism}
     whole = make_run("whole", training={**training, "epochs_per_job": 2})
@@ -386,7 +370,7 @@ def keep_metrics(run: TrainerRun, *, steps: int) -> None:
 
 
 def test_a_chain_does_not_go_on_over_other_processes_where_its_steps_would_change(
-    on_three_ranks: OnThreeRanks, make_run: MakeRun
+    on_three_ranks: OnRanks, make_run: MakeRun
 ) -> None:
     training = {"batch_size": 2, "total_jobs": 2}
     plain = make_run("plain", training=training)
@@ -406,7 +390,7 @@ def test_a_chain_does_not_go_on_over_other_processes_where_its_steps_would_chang
 
 
 def test_three_ranks_learn_from_images_as_one_rank_does(
-    on_three_ranks: OnThreeRanks, make_run: MakeRun, tmp_path: Path
+    on_three_ranks: OnRanks, make_run: MakeRun, tmp_path: Path
 ) -> None:
     model = idefics3(tmp_path / "model")
     module = ModuleFile(PROJECT / "datasets/synthetic_images.py")

@@ -103,6 +103,7 @@ def generated_answer(model: Any, processor: Any, question: Batch, *, max_new_tok
             do_sample=False,
             eos_token_id=stop_token_ids(model, processor),
             pad_token_id=processor.tokenizer.pad_token_id,
+            synced_gpus=False,  # see in_step
         )
     answer: str = processor.tokenizer.decode(tokens[0, question["input_ids"].shape[1] :], skip_special_tokens=True)
     return answer.strip()

@@ -1,0 +1,139 @@
+"""With `training.parallelism: fsdp`, models that are only asked lie in shards too, and say what whole ones say."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import OnRanks, started_ranks
+
+import finetuning
+from jobs.config import PROJECT
+from mixture.config import DatasetConfig
+from mixture.dataset_modules import ModuleFile
+from mixture.prepare import PreparationRequest, prepare
+from phases import preferences, texts
+from training.block import placed_to_ask
+from training.config import DpoConfig, EvaluationConfig, FinetuningConfig, LoraConfig
+from training.distributed import Ranks, join_ranks
+from training.evaluation import generate
+from training.frozen_shards import in_step
+from training.reference import ReferencedPacks
+from training.run import FinetuningRun
+from training.sharding import own_part
+
+MakeRun = Callable[..., FinetuningRun]
+MakePreferences = Callable[..., FinetuningRun]
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks() -> Iterator[OnRanks]:
+    with started_ranks(2) as run:
+        yield run
+
+
+@pytest.fixture
+def make_preferences(make_run: MakeRun, tmp_path: Path) -> MakePreferences:
+    """make_preferences("name", DpoConfig(...)): a run that learns from 13 pairs; 3 are held out."""
+    request = PreparationRequest(
+        dataset=DatasetConfig(name="synthetic_preferences", max_length=128, module_keys={"num_rows": 16}),
+        module=ModuleFile(PROJECT / "datasets/synthetic_preferences.py"),
+        tokenizer=make_run("unused").model.name, objective="pairs",
+    )  # fmt: skip
+    prepared = prepare(request, tmp_path, lambda line: None).folder
+
+    def make(name: str, config: DpoConfig, **keys: Any) -> FinetuningRun:
+        run = replace(make_run(name, **keys), module=None, prepared=prepared)
+        return replace(run, finetuning=FinetuningConfig(objective="dpo", dpo=config))
+
+    return make
+
+
+def in_shards(run: FinetuningRun) -> FinetuningRun:
+    return replace(run, training=replace(run.training, parallelism="fsdp"))
+
+
+def evaluate_all(runs: list[FinetuningRun]) -> list[dict[str, Any]]:
+    return [finetuning.evaluate(run) for run in runs]
+
+
+def test_scores_of_models_in_shards_are_those_of_whole_ones(
+    on_two_ranks: OnRanks, make_run: MakeRun, make_preferences: MakePreferences
+) -> None:
+    base = make_run("base", training={"epochs_per_job": 3})
+    finetuning.train(base)
+    trained = {"name": str(base.folder.export), "from_scratch": False}
+    lora = make_run("lora", model={**trained, "peft": True, "lora": LoraConfig(r=2)})
+    half = make_run("half", model={**trained, "dtype": "bfloat16"})
+    dpo = make_preferences("dpo", DpoConfig(), model=trained)
+    for run in (lora, half, dpo):
+        finetuning.train(run)
+    # Five questions, of which one process answers three and the other two.
+    scoring = EvaluationConfig(limit=5, max_new_tokens=8, batch_size=1)
+    runs = [replace(run, evaluation=scoring) for run in (base, lora, half, dpo)]
+    whole, _ = on_two_ranks(evaluate_all, runs)
+    in_parts, on_the_other = on_two_ranks(evaluate_all, [in_shards(run) for run in runs])
+    assert in_parts == whole == on_the_other
+    assert whole[0]["scored_rows"] == 5 and "accuracy" in whole[-1]  # type: ignore[index]
+
+
+def held_share(model: torch.nn.Module) -> float:
+    """What this process holds of the model's weights."""
+    weights = list(model.parameters())
+    return sum(own_part(weight).numel() for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+def asked_by_one(run: FinetuningRun) -> tuple[float, float, int]:
+    """What this process holds of a model's layers while one process writes answers, and of the model afterwards; and
+    how often the first layer was asked here."""
+    ranks = Ranks.of_environment()
+    join_ranks(run.folder.path, ranks)
+    model = placed_to_ask(run, texts.build_model(run, None))
+    layers, asked = model.get_decoder().layers, []
+    layers[0].register_forward_pre_hook(lambda *arguments: asked.append(arguments))
+    with in_step(model):
+        if ranks.rank == 1:
+            tokenizer, config = texts.build_tokenizer(run), EvaluationConfig(max_new_tokens=5)
+            generate(model, tokenizer, ["What?"], config=config, batch_size=1)
+        share_of_layers = held_share(layers)
+    return share_of_layers, held_share(model), len(asked)
+
+
+def test_a_process_holds_its_share_and_nothing_more_once_a_model_was_asked(
+    on_two_ranks: OnRanks, make_run: MakeRun
+) -> None:
+    (*shares, asked), (*shares_of_other, asked_of_other) = on_two_ranks(asked_by_one, in_shards(make_run("run")))  # type: ignore[misc]
+    assert shares == pytest.approx([0.5, 0.5], abs=0.05)
+    assert [sum(both) for both in zip(shares, shares_of_other, strict=True)] == pytest.approx([1, 1])
+    assert asked == asked_of_other > 2, "a process that asks nothing lends its part to one that does"
+
+
+def values_of_references(runs: list[FinetuningRun]) -> tuple[list[Any], float]:
+    """What the first model says of the training pairs by each run, and the share that is held under the last."""
+    ranks = Ranks.of_environment()
+    values = []
+    for run in runs:
+        join_ranks(run.folder.path, ranks)
+        rows, _ = preferences.build_referenced_data(run, "train", ranks)
+        assert isinstance(rows, ReferencedPacks)
+        values.append(rows.values.tolist())
+    reference = preferences.first_reference(runs[-1])
+    with reference.network() as network:
+        network(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+    return values, held_share(network)
+
+
+def test_a_reference_in_shards_says_what_a_whole_one_says(
+    on_two_ranks: OnRanks, make_preferences: MakePreferences, tmp_path: Path
+) -> None:
+    whole = make_preferences("whole", DpoConfig(precompute_reference=True))
+    copy = shutil.copytree(whole.prepared, tmp_path / "copy")
+    spread = replace(in_shards(whole), prepared=copy)
+    (values, share), (_, share_of_other) = on_two_ranks(values_of_references, [whole, spread])  # type: ignore[misc]
+    assert values[0] == values[1] and len(set(values[0])) > 10
+    assert share + share_of_other == pytest.approx(1) and share < 0.55
