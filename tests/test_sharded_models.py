@@ -6,13 +6,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from ranks import OnRanks, started_ranks
 
+import distillation
 import finetuning
+from distilling.run import DistillationRun
 from jobs.config import PROJECT
 from mixture.config import DatasetConfig
 from mixture.dataset_modules import ModuleFile
@@ -24,11 +26,14 @@ from training.distributed import Ranks, join_ranks
 from training.evaluation import generate
 from training.frozen_shards import in_step
 from training.reference import ReferencedPacks
-from training.run import FinetuningRun
+from training.run import FinetuningRun, TrainerRun
 from training.sharding import own_part
 
 MakeRun = Callable[..., FinetuningRun]
 MakePreferences = Callable[..., FinetuningRun]
+MakeDistillation = Callable[..., DistillationRun]
+
+Run = TypeVar("Run", bound=TrainerRun)
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +59,20 @@ def make_preferences(make_run: MakeRun, tmp_path: Path) -> MakePreferences:
     return make
 
 
-def in_shards(run: FinetuningRun) -> FinetuningRun:
+def in_shards(run: Run) -> Run:
     return replace(run, training=replace(run.training, parallelism="fsdp"))
 
 
-def evaluate_all(runs: list[FinetuningRun]) -> list[dict[str, Any]]:
-    return [finetuning.evaluate(run) for run in runs]
+def evaluate_all(runs: list[TrainerRun]) -> list[dict[str, Any]]:
+    return [trainer_of(run).evaluate(run) for run in runs]
+
+
+def trainer_of(run: TrainerRun) -> Any:
+    return distillation if isinstance(run, DistillationRun) else finetuning
 
 
 def test_scores_of_models_in_shards_are_those_of_whole_ones(
-    on_two_ranks: OnRanks, make_run: MakeRun, make_preferences: MakePreferences
+    on_two_ranks: OnRanks, make_run: MakeRun, make_preferences: MakePreferences, make_distillation: MakeDistillation
 ) -> None:
     base = make_run("base", training={"epochs_per_job": 3})
     finetuning.train(base)
@@ -71,15 +80,20 @@ def test_scores_of_models_in_shards_are_those_of_whole_ones(
     lora = make_run("lora", model={**trained, "peft": True, "lora": LoraConfig(r=2)})
     half = make_run("half", model={**trained, "dtype": "bfloat16"})
     dpo = make_preferences("dpo", DpoConfig(), model=trained)
-    for run in (lora, half, dpo):
-        finetuning.train(run)
+    student = make_distillation("student", teacher="live", shard_teacher=True)
+    adapted = make_distillation(
+        "adapted", model={**trained, "peft": True}, teacher="live", control=str(base.folder.export)
+    )
+    for run in (lora, half, dpo, student, adapted):
+        trainer_of(run).train(run)
     # Five questions, of which one process answers three and the other two.
     scoring = EvaluationConfig(limit=5, max_new_tokens=8, batch_size=1)
-    runs = [replace(run, evaluation=scoring) for run in (base, lora, half, dpo)]
+    runs = [replace(run, evaluation=scoring) for run in (base, lora, half, dpo, student, adapted)]
     whole, _ = on_two_ranks(evaluate_all, runs)
     in_parts, on_the_other = on_two_ranks(evaluate_all, [in_shards(run) for run in runs])
     assert in_parts == whole == on_the_other
-    assert whole[0]["scored_rows"] == 5 and "accuracy" in whole[-1]  # type: ignore[index]
+    assert whole[0]["scored_rows"] == 5 and "accuracy" in whole[3]  # type: ignore[index]
+    assert len(whole[-1]["models"]) == 4  # type: ignore[index]
 
 
 def held_share(model: torch.nn.Module) -> float:

@@ -92,23 +92,35 @@ def in_step(model: Any) -> Iterator[None]:
         yield
         return
     decoder = decoder_of(model)
-    nothing = {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=computing_device(model)), "use_cache": False}
 
     def others_are_told(*arguments: Any) -> None:
         agree_on_any(True)
 
-    was_training, has_ends_in_shards = model.training, isinstance(model, FSDPModule)
+    was_training = model.training
     model.eval()
+    with gathered_ends(model):
+        hook = decoder.register_forward_pre_hook(others_are_told)
+        try:
+            yield
+        finally:  # a process that failed, too: the others wait for its parts
+            hook.remove()
+            with torch.no_grad():
+                while any(agree_on_any(False)):
+                    decoder(**nothing_to_read(model))
+    model.train(was_training)
+
+
+@contextmanager
+def gathered_ends(model: Any) -> Iterator[None]:
+    """Let the processes call what lies inside a model in shards: what lies outside its layers is whole meanwhile."""
+    has_ends_in_shards = isinstance(model, FSDPModule)
     if has_ends_in_shards:
-        with torch.no_grad():  # gathers what lies outside the layers, which stays until it is let go
-            model(**nothing)
-    hook = decoder.register_forward_pre_hook(others_are_told)
-    try:
-        yield
-    finally:  # a process that failed, too: the others wait for its parts
-        hook.remove()
-        with torch.no_grad():
-            while any(agree_on_any(False)):
-                decoder(**nothing)
-        let_go(model)
-        model.train(was_training)
+        with torch.no_grad():  # a pass of the whole gathers it, and nothing after the pass gives it up
+            model(**nothing_to_read(model))
+    yield
+    let_go(model)
+
+
+def nothing_to_read(model: nn.Module) -> dict[str, Any]:
+    """A text of one token that nobody waits for."""
+    return {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=computing_device(model)), "use_cache": False}
