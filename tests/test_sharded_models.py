@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from image_models import FAMILIES
 from ranks import OnRanks, started_ranks
+from test_distributed import assert_same_losses, assert_same_weights
 
 import distillation
 import finetuning
@@ -151,3 +153,61 @@ def test_a_reference_in_shards_says_what_a_whole_one_says(
     (values, share), (_, share_of_other) = on_two_ranks(values_of_references, [whole, spread])  # type: ignore[misc]
     assert values[0] == values[1] and len(set(values[0])) > 10
     assert share + share_of_other == pytest.approx(1) and share < 0.55
+
+
+MIXED_MODULE = '''
+"""Numbers that are to be said, every other one beside an image."""
+from PIL import Image
+
+def get_custom_dataset(dataset_config, processor, split, split_ratio=0.8):
+    rows = [{"images": [Image.new("RGB", (20 + n, 24), (12 * n, 0, 99))] * ((n + 1) % 2),
+             "messages": [{"role": "user", "content": f"Which is {n}?"},
+                          {"role": "assistant", "content": f"It is {n}."}]} for n in range(16)]
+    return rows[:13] if split == "train" else rows[13:]
+
+def score(prediction, row):
+    return float(len(prediction))
+'''
+
+
+@pytest.fixture(params=FAMILIES)
+def make_mixed(request: pytest.FixtureRequest, make_run: MakeRun, tmp_path: Path) -> MakeRun:
+    """make_mixed("name", ...): a run that learns from rows with and without images."""
+    model = FAMILIES[request.param](tmp_path / "model")
+    module = ModuleFile(tmp_path / "mixed.py")
+    module.path.write_text(MIXED_MODULE)
+    dataset = DatasetConfig(name="mixed", max_length=64)
+    request = PreparationRequest(dataset=dataset, module=module, tokenizer=str(model), objective="sft")
+    data = prepare(request, tmp_path, lambda line: None)
+
+    def make(name: str, **keys: Any) -> FinetuningRun:
+        run = make_run(name, model={"name": str(model)}, **keys)
+        return replace(run, module=module, prepared=data.folder, dataset=dataset)
+
+    return make
+
+
+def train_all(runs: list[FinetuningRun]) -> None:
+    for run in runs:
+        while not finetuning.train(run).finished:
+            pass
+
+
+def test_a_model_in_shards_learns_from_rows_of_which_some_hold_images(
+    on_two_ranks: OnRanks, make_mixed: MakeRun
+) -> None:
+    training = {"lr": 1e-2, "batch_size": 1, "log_every": 1, "epochs_per_job": 2}
+    ddp, spread = (
+        make_mixed("ddp", training=training),
+        make_mixed("spread", training={**training, "parallelism": "fsdp"}),
+    )
+    per_job = {**training, "epochs_per_job": 1, "total_jobs": 2, "gradient_checkpointing": True}
+    chain = make_mixed("chain", training={**per_job, "parallelism": "fsdp"})
+    on_two_ranks(train_all, [ddp, spread, chain])
+    assert_same_losses(spread, ddp)
+    assert_same_losses(chain, ddp)
+    assert_same_weights(chain, spread)
+    whole, _ = on_two_ranks(evaluate_all, [ddp])
+    in_parts, on_the_other = on_two_ranks(evaluate_all, [in_shards(ddp)])
+    assert in_parts == whole == on_the_other
+    assert whole[0]["scored_rows"] == 3  # type: ignore[index]

@@ -20,7 +20,9 @@ from training.batches import IGNORED, Batch, PackedDataset
 from training.config import EvaluationConfig
 from training.distributed import Ranks
 from training.evaluation import GenerationScore, to_device
+from training.frozen_shards import in_step
 from training.models import stop_token_ids
+from training.sharding import computing_device
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,14 @@ def scored_answers_about_images(
     count = min(config.limit, len(rows))
     model.eval()
     mine = []
-    for number in range(ranks.rank, count, ranks.world_size):
-        pack = rows[number]
-        question = question_of(collate([pack]))
-        answer = generated_answer(model, processor, question, max_new_tokens=config.max_new_tokens)
-        prompt = processor.tokenizer.decode(question["input_ids"][0], skip_special_tokens=True)
-        value = float(score.function(answer, pack[0].read()))
-        mine.append({"prompt": prompt.strip(), "prediction": answer, "score": value})
+    with in_step(model):
+        for number in range(ranks.rank, count, ranks.world_size):
+            pack = rows[number]
+            question = question_of(collate([pack]))
+            answer = generated_answer(model, processor, question, max_new_tokens=config.max_new_tokens)
+            prompt = processor.tokenizer.decode(question["input_ids"][0], skip_special_tokens=True)
+            value = float(score.function(answer, pack[0].read()))
+            mine.append({"prompt": prompt.strip(), "prediction": answer, "score": value})
     return GenerationScore.of_shares(score.name, mine, rows=count)
 
 
@@ -91,10 +94,10 @@ def question_of(batch: Batch) -> Batch:
 
 def generated_answer(model: Any, processor: Any, question: Batch, *, max_new_tokens: int) -> str:
     """What the model says, greedily, up to `max_new_tokens` or the end of its turn."""
-    weight = next(model.parameters())
+    weight, device = next(model.parameters()), computing_device(model)
     inputs = {
         key: value.to(weight.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for key, value in to_device(question, weight.device).items()
+        for key, value in to_device(question, device).items()
     }
     with torch.inference_mode():
         tokens = model.generate(
