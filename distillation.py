@@ -280,15 +280,18 @@ def students_turns(run: DistillationRun, student: Any) -> Callable[[dict[str, An
     import torch
 
     from distilling.on_policy import students_answers
+    from training.frozen_shards import in_step
     from training.models import stop_token_ids
 
     stops = stop_token_ids(student, build_tokenizer(run))
 
     def written(batch: dict[str, Any]) -> dict[str, Any] | None:
-        if torch.rand(()) >= config.share:
-            return None
-        # The student itself, not what wraps it for training on several processes.
-        return students_answers(student, stops, batch, config, max_length=run.dataset.max_length)
+        is_students_turn = bool(torch.rand(()) < config.share)
+        # The student itself, not what wraps it for training on several processes, whose turns differ.
+        with in_step(student):
+            if not is_students_turn:
+                return None
+            return students_answers(student, stops, batch, config, max_length=run.dataset.max_length)
 
     return written
 

@@ -29,10 +29,10 @@ def online_contradictions(
             f"dataset.packing: finetuning.objective {online.section} asks one prompt a row, and packs the answers "
             "itself; leave the key out"
         )
-    if training.parallelism != "ddp":
+    if training.parallelism == "deepspeed":
         messages["training.parallelism"] = (
-            f"training.parallelism: a model that {training.parallelism} spreads over processes cannot write answers "
-            f"here, which finetuning.objective {online.section} needs; use ddp"
+            "training.parallelism: a model that deepspeed spreads over processes cannot write answers here, which "
+            f"finetuning.objective {online.section} needs; use ddp or fsdp"
         )
     if model.peft and (model.peft_method in (EXPERTS, "adalora") or is_prompt_method(model.peft_method)):
         messages["model.peft_method"] = (

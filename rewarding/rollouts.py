@@ -33,6 +33,7 @@ from training.batches import Batch, collate
 from training.evaluation import autocast
 from training.online_config import OnlineConfig
 from training.preferences import answers_batch
+from training.sharding import computing_device
 
 PROMPTS = "prompts"
 ADVANTAGES = "advantages"
@@ -77,6 +78,11 @@ class Writer:
     max_length: int
     seed: int
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return computing_device(self.network)
+
     def write(self, prompts: Sequence[TokenRow], *, occasion: str, answers: int) -> list[Rollout]:
         """So many answers to each prompt, side by side in one batch, prompt by prompt.
 
@@ -94,7 +100,7 @@ class Writer:
                 for place, prompt in enumerate(asked)
             ]
         )
-        with autocast(self.network.device, self.precision):
+        with autocast(self.device, self.precision):
             written = continuations(
                 self.network,
                 [prompt.input_ids.astype(np.int64) for prompt in asked],

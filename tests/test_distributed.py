@@ -250,15 +250,19 @@ def test_three_ranks_learn_from_rewards_exactly_and_as_one_rank_does(
 
     one_rank = online_run("one-rank", gradient_accumulation=3, epochs_per_job=2)
     whole, chain = online_run("whole", epochs_per_job=2), online_run("chain", total_jobs=2)
+    whole_spread = online_run("whole-spread", epochs_per_job=2, parallelism="fsdp")
+    chain_spread = online_run("chain-spread", total_jobs=2, parallelism="fsdp")
     train_all([one_rank])
-    on_three_ranks(train_all, [chain, whole])
+    on_three_ranks(train_all, [chain, whole, chain_spread, whole_spread])
 
     assert_same_weights(chain, whole)
-    lines_of_one, lines_of_three = list(one_rank.folder.metrics()), list(whole.folder.metrics())
-    assert len(lines_of_one) == len(lines_of_three) == 4, "the last step of an epoch leaves one rank without a prompt"
-    for line_of_one, line_of_three in zip(lines_of_one, lines_of_three, strict=True):
+    assert_same_weights(chain_spread, whole_spread)
+    one, three, spread = (list(run.folder.metrics()) for run in (one_rank, whole, whole_spread))
+    assert len(one) == len(three) == 4, "the last step of an epoch leaves one rank without a prompt"
+    for of_one, of_three, of_spread in zip(one, three, spread, strict=True):
         for part in ("loss", "grad_norm", "reward", "reward_std", "answer_tokens", "entropy", "kl"):
-            assert line_of_three[part] == pytest.approx(line_of_one[part], rel=1e-3, abs=1e-5), part
+            assert of_three[part] == pytest.approx(of_one[part], rel=1e-3, abs=1e-5), part
+            assert of_spread[part] == pytest.approx(of_three[part], rel=1e-3, abs=1e-5), part
 
 
 def test_a_model_in_shards_resumes_exactly_and_learns_as_whole_ones_do(

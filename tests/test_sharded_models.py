@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from test_distributed import assert_same_losses, assert_same_weights
 
 import distillation
 import finetuning
+from distilling.config import OnPolicyConfig
 from distilling.run import DistillationRun
 from jobs.config import PROJECT
 from mixture.config import DatasetConfig
@@ -27,6 +29,7 @@ from training.config import DpoConfig, EvaluationConfig, FinetuningConfig, LoraC
 from training.distributed import Ranks, join_ranks
 from training.evaluation import generate
 from training.frozen_shards import in_step
+from training.online_config import GrpoConfig
 from training.reference import ReferencedPacks
 from training.run import FinetuningRun, TrainerRun
 from training.sharding import own_part
@@ -187,9 +190,9 @@ def make_mixed(request: pytest.FixtureRequest, make_run: MakeRun, tmp_path: Path
     return make
 
 
-def train_all(runs: list[FinetuningRun]) -> None:
+def train_all(runs: list[TrainerRun]) -> None:
     for run in runs:
-        while not finetuning.train(run).finished:
+        while not trainer_of(run).train(run).finished:
             pass
 
 
@@ -211,3 +214,42 @@ def test_a_model_in_shards_learns_from_rows_of_which_some_hold_images(
     in_parts, on_the_other = on_two_ranks(evaluate_all, [in_shards(ddp)])
     assert in_parts == whole == on_the_other
     assert whole[0]["scored_rows"] == 3  # type: ignore[index]
+
+
+@pytest.fixture
+def make_online(make_run: MakeRun, tmp_path: Path) -> MakeRun:
+    """make_online("name", ...): a run whose model answers 10 sums; 3 are held out."""
+    module = ModuleFile(PROJECT / "datasets/synthetic_sums.py")
+    dataset = DatasetConfig(name="synthetic_sums", max_length=64, module_keys={"num_rows": 13})
+    tokenizer = make_run("unused").model.name
+    request = PreparationRequest(dataset=dataset, module=module, tokenizer=tokenizer, objective="prompts")
+    prepared = prepare(request, tmp_path, lambda line: None).folder
+    grpo = FinetuningConfig(objective="grpo", grpo=GrpoConfig(group_size=3, max_new_tokens=6, beta=0.1))
+
+    def make(name: str, **keys: Any) -> FinetuningRun:
+        return replace(make_run(name, **keys), module=module, dataset=dataset, prepared=prepared, finetuning=grpo)
+
+    return make
+
+
+def test_a_model_in_shards_learns_from_answers_of_its_own(
+    on_two_ranks: OnRanks, make_run: MakeRun, make_online: MakeRun, make_distillation: MakeDistillation
+) -> None:
+    base = make_run("base")
+    finetuning.train(base)
+    # Dropout, as a process that writes nothing while the other does may draw nothing either.
+    lora = {"peft": True, "lora": LoraConfig(r=2, dropout=0.1)}
+    keys = {"model": {"name": str(base.folder.export), "from_scratch": False, **lora}}
+    policy = {"teacher": "live", "on_policy": OnPolicyConfig(share=0.5, max_new_tokens=6)}
+    training = {"lr": 1e-2, "batch_size": 2, "log_every": 1, "total_jobs": 2}
+    in_one = {**training, "epochs_per_job": 2, "total_jobs": 1}
+    makers = {"online": partial(make_online, **keys), "distilled": partial(make_distillation, **keys, **policy)}
+    for name, make in makers.items():
+        ddp, spread = make(name, training=training), in_shards(make(f"{name}-spread", training=training))
+        whole = in_shards(make(f"{name}-whole", training=in_one))
+        on_two_ranks(train_all, [ddp, spread, whole])
+        assert_same_losses(spread, ddp)
+        assert_same_weights(spread, whole)
+        in_whole, _ = on_two_ranks(evaluate_all, [ddp])
+        in_parts, on_the_other = on_two_ranks(evaluate_all, [in_shards(ddp)])
+        assert in_parts == in_whole == on_the_other
