@@ -6,7 +6,9 @@ import json
 import os
 import resource
 import shutil
+import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -324,7 +326,16 @@ def train_with_little_room(run: FinetuningRun) -> str:
     return "it wrote all"
 
 
-def test_shards_that_one_process_cannot_write_cost_only_the_newest_checkpoint(
+def train_until_killed(run: FinetuningRun) -> None:
+    """Train where the kernel kills the second process in the middle of the file with its part of the optimizer."""
+    if Ranks.of_environment().rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    train_all([run])
+
+
+def test_shards_that_one_process_cannot_write_or_dies_over_cost_only_the_newest_checkpoint(
     on_three_ranks: OnRanks, make_run: MakeRun
 ) -> None:
     training = {"lr": 1e-3, "batch_size": 2, "parallelism": "fsdp"}
@@ -336,6 +347,12 @@ def test_shards_that_one_process_cannot_write_cost_only_the_newest_checkpoint(
         assert "Newest whole checkpoint: step_00000003" in str(told)
     start, rejected = newest_valid(run.folder.checkpoints)
     assert start is not None and start.step == 3 and not rejected
+    with started_ranks(NUM_RANKS) as doomed:
+        with pytest.raises(OSError, match="step 6 could not be written"):
+            doomed(train_until_killed, run)
+        with pytest.raises(BrokenProcessPool):
+            doomed(os.getpid)
+    assert newest_valid(run.folder.checkpoints) == (start, [])
     on_three_ranks(train_all, [run, whole])
     assert_same_weights(run, whole)
 
