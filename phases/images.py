@@ -28,11 +28,18 @@ if TYPE_CHECKING:
 
 
 def build_trainer(run: FinetuningRun, start: BlockStart) -> BlockTrainer:
+    from training.sharding import network_of
+
     refuse_what_texts_alone_can(run)
+    model = build_model(run, start.checkpoint)
+    if run.training.parallelism == "fsdp":
+        # A layer's gradients are summed once that of its input is there, and last of all where none is wanted. Below an
+        # adapter none is of texts: the processes would sum in different orders.
+        network_of(model).enable_input_require_grads()
     return make_trainer(
         with_unused_parameters(run),
         start,
-        model=build_model(run, start.checkpoint),
+        model=model,
         rows=build_data(run, "train"),
         compute_loss=compute_loss,
         objective=run.finetuning.objective,

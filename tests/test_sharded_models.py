@@ -32,7 +32,7 @@ from training.frozen_shards import in_step
 from training.online_config import GrpoConfig
 from training.reference import ReferencedPacks
 from training.run import FinetuningRun, TrainerRun
-from training.sharding import own_part
+from training.sharding import convert, own_part
 
 MakeRun = Callable[..., FinetuningRun]
 MakePreferences = Callable[..., FinetuningRun]
@@ -112,7 +112,7 @@ def asked_by_one(run: FinetuningRun) -> tuple[float, float, int]:
     how often the first layer was asked here."""
     ranks = Ranks.of_environment()
     join_ranks(run.folder.path, ranks)
-    model = placed_to_ask(run, texts.build_model(run, None))
+    model = convert(placed_to_ask(run, texts.build_model(run, None)), torch.bfloat16)
     layers, asked = model.get_decoder().layers, []
     layers[0].register_forward_pre_hook(lambda *arguments: asked.append(arguments))
     with in_step(model):
@@ -184,7 +184,7 @@ def make_mixed(request: pytest.FixtureRequest, make_run: MakeRun, tmp_path: Path
     data = prepare(request, tmp_path, lambda line: None)
 
     def make(name: str, **keys: Any) -> FinetuningRun:
-        run = make_run(name, model={"name": str(model)}, **keys)
+        run = make_run(name, **{"model": {"name": str(model)}, **keys})
         return replace(run, module=module, prepared=data.folder, dataset=dataset)
 
     return make
@@ -210,8 +210,14 @@ def test_a_model_in_shards_learns_from_rows_of_which_some_hold_images(
     assert_same_losses(spread, ddp)
     assert_same_losses(chain, ddp)
     assert_same_weights(chain, spread)
-    whole, _ = on_two_ranks(evaluate_all, [ddp])
-    in_parts, on_the_other = on_two_ranks(evaluate_all, [in_shards(ddp)])
+    # Below an adapter, what is read of texts has no gradient, and what is read of images has one.
+    model = {"name": str(ddp.folder.export), "from_scratch": False, "peft": True, "train_vision": True}
+    lora = make_mixed("lora", model=model, training={**training, "epochs_per_job": 1})
+    lora_spread = in_shards(make_mixed("lora-spread", model=model, training={**training, "epochs_per_job": 1}))
+    on_two_ranks(train_all, [lora, lora_spread])
+    assert_same_losses(lora_spread, lora)
+    whole, _ = on_two_ranks(evaluate_all, [ddp, lora])
+    in_parts, on_the_other = on_two_ranks(evaluate_all, [in_shards(ddp), in_shards(lora)])
     assert in_parts == whole == on_the_other
     assert whole[0]["scored_rows"] == 3  # type: ignore[index]
 

@@ -96,7 +96,6 @@ def decoder_of(model: nn.Module) -> Any:
 
 def convert(model: Any, dtype: torch.dtype) -> Any:
     """The model with its weights in another precision, in place; also one in shards that was asked before."""
-    let_go(model)
     model = model.to(dtype)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -110,7 +109,7 @@ def convert(model: Any, dtype: torch.dtype) -> Any:
 
 
 def let_go(model: nn.Module) -> None:
-    """Give up all that was gathered. Without a backward pass, what lies outside the layers stays whole after a pass."""
+    """Give up all that a pass has gathered: without a backward pass, what lies outside the layers is kept whole."""
     if isinstance(model, FSDPModule):
         model.reset_iter_state()
 
