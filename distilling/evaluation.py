@@ -83,7 +83,7 @@ def compare(
     everyone = {**({"teacher": teacher} if teacher else {}), **models}
     sums = {name: [Sums() for _ in names] for name in everyone}
     device = computing_device(next(iter(models.values())))
-    with torch.inference_mode(), ExitStack() as stack:
+    with torch.no_grad(), ExitStack() as stack:
         for network in everyone.values():
             network.eval()
             stack.enter_context(gathered_ends(network))

@@ -75,7 +75,7 @@ def held_out_loss(
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0
-    with torch.inference_mode(), autocast(device, precision):
+    with torch.no_grad(), autocast(device, precision):
         for share in even_shares(len(rows), batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size):
             batch = collate([rows[index] for index in share])
             tokens += int((batch["labels"] != -100).sum())
@@ -208,7 +208,7 @@ def written_answers(
             add_special_tokens=tokenizer.chat_template is None,
             return_tensors="pt",
         ).to(device)
-        with torch.inference_mode():
+        with torch.no_grad():
             tokens = model.generate(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],

@@ -86,7 +86,8 @@ def in_step(model: Any) -> Iterator[None]:
 
     The parts of a layer are gathered by all processes at once, so one that has asked its last goes on asking, for
     nothing, until all have. Within, the processes exchange nothing else (generate is given `synced_gpus=False`), and
-    may call what lies inside the model, not its forward pass alone.
+    may call what lies inside the model, not its forward pass alone. A model in shards is asked without gradients, not
+    in inference mode: what was gathered in it can be gathered again nowhere else.
     """
     if not is_sharded(model):
         yield

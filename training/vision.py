@@ -99,7 +99,7 @@ def generated_answer(model: Any, processor: Any, question: Batch, *, max_new_tok
         key: value.to(weight.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for key, value in to_device(question, device).items()
     }
-    with torch.inference_mode():
+    with torch.no_grad():
         tokens = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
