@@ -21,6 +21,7 @@ from training.block import (
     held_out_scores,
     make_trainer,
     open_prepared,
+    placed_to_ask,
     record_evaluation,
     scores_on_test_split,
     train_block,
@@ -282,15 +283,18 @@ def students_turns(run: DistillationRun, student: Any) -> Callable[[dict[str, An
     import torch
 
     from distilling.on_policy import students_answers
+    from training.frozen_shards import in_step
     from training.models import stop_token_ids
 
     stops = stop_token_ids(student, build_tokenizer(run))
 
     def written(batch: dict[str, Any]) -> dict[str, Any] | None:
-        if torch.rand(()) >= config.share:
-            return None
-        # The student itself, not what wraps it for training on several processes.
-        return students_answers(student, stops, batch, config, max_length=run.dataset.max_length)
+        is_students_turn = bool(torch.rand(()) < config.share)
+        # The student itself, not what wraps it for training on several processes, whose turns differ.
+        with in_step(student):
+            if not is_students_turn:
+                return None
+            return students_answers(student, stops, batch, config, max_length=run.dataset.max_length)
 
     return written
 
@@ -346,7 +350,7 @@ def evaluate(run: DistillationRun) -> dict[str, Any]:
     """
     ranks = Ranks.of_environment()
     checkpoint = checkpoint_to_evaluate(run, ranks)
-    student = build_model(run, checkpoint, with_projections=False).to(device_of_process())
+    student = placed_to_ask(run, build_model(run, checkpoint, with_projections=False))
     comparison = compare_with_teacher(run, student, ranks)
     # Last, as it turns the weights into the precision that answers are written in.
     result = {
@@ -365,10 +369,10 @@ def compare_with_teacher(run: DistillationRun, student: Any, ranks: Ranks) -> di
 
     if not open_prepared(run).splits.get("test"):
         return {}
-    device = device_of_process()
-    models = {"student": student, "student before": build_model(run, None, with_projections=False).to(device)}
+    before = placed_to_ask(run, build_model(run, None, with_projections=False))
+    models = {"student": student, "student before": before}
     if run.distillation.control:
-        models["control"] = build_control(run).to(device)
+        models["control"] = placed_to_ask(run, build_control(run))
     teacher = None
     if run.distillation.teacher in ("cache", "live"):
         teacher = load_teacher(run).model

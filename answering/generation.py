@@ -87,6 +87,7 @@ def continuations(
             input_ids=input_ids_BP.to(device),
             attention_mask=attention_BP.to(device),
             logits_processor=LogitsProcessorList([DrawnToken(draws, max(room))] if draws else []),
+            synced_gpus=False,  # see in_step in training/frozen_shards.py
         )
     new_tokens = written_BT[:, longest:].cpu().numpy()
     return [cut(ids[:limit], stops) for ids, limit in zip(new_tokens, room, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,9 @@ from training.batches import PackedDataset, collate, even_shares
 from training.chunks import tokens_per_chunk
 from training.distributed import Ranks, gather_on_all
 from training.evaluation import autocast, to_device
-from training.frozen_shards import in_step
+from training.frozen_shards import gathered_ends
 from training.losses import logit_shape, output_head, shape_logits, supervised_places
+from training.sharding import computing_device, network_of
 
 # Tensors are named by shape. N tokens of a chunk, H hidden width, V vocabulary.
 
@@ -81,20 +82,18 @@ def compare(
     numbers = {source: names.index(category) for source, category in categories.items()}
     everyone = {**({"teacher": teacher} if teacher else {}), **models}
     sums = {name: [Sums() for _ in names] for name in everyone}
-    device = next(next(iter(models.values())).parameters()).device
-    for network in everyone.values():
-        network.eval()
-    with torch.inference_mode(), in_step(teacher) if teacher else nullcontext():
+    device = computing_device(next(iter(models.values())))
+    with torch.no_grad(), ExitStack() as stack:
+        for network in everyone.values():
+            network.eval()
+            stack.enter_context(gathered_ends(network))
         for share in even_shares(len(rows), batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size):
             samples = [sample for index in share for sample in rows[index]]
-            if not samples:
-                continue
-            batch = to_device(collate([samples]), device)
-            groups = np.concatenate(
-                [np.full(int(row.loss_mask[1:].sum()), numbers[row.source], dtype=np.int64) for row in samples]
-            )
+            # Models in shards are asked by all processes equally often, so also where one has no samples.
+            batch = to_device(collate([samples] if samples else []), device)
+            groups = [numbers[row.source] for row in samples for _ in range(int(row.loss_mask[1:].sum()))]
             with autocast(device, precision):
-                add_batch(sums, everyone, batch, torch.from_numpy(groups).to(device), vocabulary)
+                add_batch(sums, everyone, batch, torch.tensor(groups, dtype=torch.int64, device=device), vocabulary)
     shares = gather_on_all(sums)
     totals = {name: [sum_of([share[name][group] for share in shares]) for group in range(len(names))] for name in sums}
     return {
@@ -123,7 +122,7 @@ def add_batch(
     places = supervised_places(batch["labels"])
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     hidden_states = {
-        name: network.base_model(**inputs, use_cache=False)[0].flatten(0, 1).index_select(0, places.index)
+        name: network_of(network).base_model(**inputs, use_cache=False)[0].flatten(0, 1).index_select(0, places.index)
         for name, network in models.items()
     }
     heads = {name: sliced(output_head(network), vocabulary) for name, network in models.items()}

@@ -114,7 +114,7 @@ class Sampling:
         return [*guesses, self.draw(target[len(guesses)])]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode_plainly(target: Target, prompt: Sequence[int], choice: Choice, limits: Limits) -> Decoded:
     """The target alone, a token at a time."""
     cache = DynamicCache()
@@ -131,7 +131,7 @@ def decode_plainly(target: Target, prompt: Sequence[int], choice: Choice, limits
     return Decoded(tokens=tokens, passes=len(tokens) - 1, margins=margins)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode_with_draft(
     target: Target,
     draft: DraftModel,

@@ -136,7 +136,7 @@ def held_out_acceptance(
     loss = torch.zeros((), dtype=torch.float64, device=target.device)
     tokens = 0
     counts: dict[str, Acceptance] = defaultdict(lambda: Acceptance.none(steps, target.device))
-    with torch.inference_mode(), autocast(target.device, precision), in_step(target.network):
+    with torch.no_grad(), autocast(target.device, precision), in_step(target.network):
         for share in even_shares(len(rows), batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size):
             packs = [rows[index] for index in share]
             if not packs:

@@ -447,10 +447,10 @@ def contradictions_of_parallelism(config: RunConfig) -> dict[str, str]:
     parallelism, distillation = config.training.parallelism, config.distillation
     optimizer = config.training.arguments.get("optim", SHARDED_OPTIMIZERS[0])
     messages = {}
-    if parallelism != "ddp" and distillation is not None and distillation.on_policy.share:
+    if parallelism == "deepspeed" and distillation is not None and distillation.on_policy.share:
         messages["distillation.on_policy"] = (
-            f"distillation.on_policy: a student that training.parallelism: {parallelism} spreads over processes cannot "
-            "write answers here; use training.parallelism: ddp, or set distillation.on_policy.share: 0"
+            "distillation.on_policy: a student that training.parallelism: deepspeed spreads over processes cannot "
+            "write answers here; use training.parallelism: ddp or fsdp, or set distillation.on_policy.share: 0"
         )
     if parallelism == "fsdp" and config.model.dtype == "float16":
         messages["model.dtype"] = (

@@ -29,10 +29,10 @@ def online_contradictions(
             f"dataset.packing: finetuning.objective {online.section} asks one prompt a row, and packs the answers "
             "itself; leave the key out"
         )
-    if training.parallelism != "ddp":
+    if training.parallelism == "deepspeed":
         messages["training.parallelism"] = (
-            f"training.parallelism: a model that {training.parallelism} spreads over processes cannot write answers "
-            f"here, which finetuning.objective {online.section} needs; use ddp"
+            "training.parallelism: a model that deepspeed spreads over processes cannot write answers here, which "
+            f"finetuning.objective {online.section} needs; use ddp or fsdp"
         )
     if model.peft and (model.peft_method in (EXPERTS, "adalora") or is_prompt_method(model.peft_method)):
         messages["model.peft_method"] = (
@@ -43,7 +43,12 @@ def online_contradictions(
         reason = not_mergeable(model.peft_method) if model.peft else None
         if model.peft and model.peft_method == "qlora":
             reason = "its base is held in 4 bits"
-        if reason:
+        if training.parallelism == "fsdp":
+            messages[f"finetuning.{online.section}.engine"] = (
+                f"finetuning.{online.section}.engine: vllm is given the whole of the model's weights, which "
+                "training.parallelism: fsdp keeps in shards; use ddp, or engine: transformers"
+            )
+        elif reason:
             messages[f"finetuning.{online.section}.engine"] = (
                 f"finetuning.{online.section}.engine: vllm is given the adapter as a part of the model's weights, and "
                 f"{model.peft_method} cannot be: {reason}; use engine: transformers"

@@ -6,15 +6,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from phases import texts
-from phases.texts import compute_loss
 from training.block import (
     BlockStart,
     build_data,
-    device_of_process,
     export_trained,
     held_out_scores,
     loss_on_test_split,
     make_trainer,
+    placed_to_ask,
 )
 from training.checkpoints import Checkpoint
 from training.distributed import Ranks
@@ -29,11 +28,18 @@ if TYPE_CHECKING:
 
 
 def build_trainer(run: FinetuningRun, start: BlockStart) -> BlockTrainer:
+    from training.sharding import network_of
+
     refuse_what_texts_alone_can(run)
+    model = build_model(run, start.checkpoint)
+    if run.training.parallelism == "fsdp":
+        # A layer's gradients are summed once that of its input is there, and last of all where none is wanted. Below an
+        # adapter none is of texts: the processes would sum in different orders.
+        network_of(model).enable_input_require_grads()
     return make_trainer(
         with_unused_parameters(run),
         start,
-        model=build_model(run, start.checkpoint),
+        model=model,
         rows=build_data(run, "train"),
         compute_loss=compute_loss,
         objective=run.finetuning.objective,
@@ -42,16 +48,12 @@ def build_trainer(run: FinetuningRun, start: BlockStart) -> BlockTrainer:
 
 
 def refuse_what_texts_alone_can(run: FinetuningRun) -> None:
-    """Raise ValueError for settings that rows with images cannot follow; only prepared data tells that there are any.
-
-    A model in shards is gathered by all processes at once, and one whose batch has no image would not ask its vision
-    tower as the others do.
-    """
+    """Raise ValueError for settings that rows with images cannot follow; only prepared data tells whether there are."""
     problems = []
-    if run.training.parallelism != "ddp":
+    if run.training.parallelism == "deepspeed":
         problems.append(
-            f"training.parallelism: {run.training.parallelism} cannot spread a model over processes whose rows hold "
-            "images; use ddp"
+            "training.parallelism: deepspeed sums gradients in the order in which a process has them, and one whose "
+            "rows hold no image has none of what sees; use ddp, or fsdp where the model is too large for one GPU"
         )
     if run.evaluation.lm_eval is not None:
         problems.append(
@@ -67,6 +69,19 @@ def with_unused_parameters(run: FinetuningRun) -> FinetuningRun:
     towers that the language model does not read."""
     arguments = {"ddp_find_unused_parameters": True, **run.training.arguments}
     return replace(run, training=replace(run.training, arguments=arguments))
+
+
+def compute_loss(model: torch.nn.Module, batch: dict[str, Any], num_items: torch.Tensor) -> torch.Tensor:
+    """The loss of texts, also where what sees is in shards and has a gradient on those processes alone whose rows hold
+    images: it counts as zero on the others, and as none, which an optimizer passes over, where no row holds any."""
+    from torch.distributed.fsdp import FSDPModule
+
+    from training.distributed import agree_on_any
+
+    if isinstance(model, FSDPModule):
+        (any_sees,) = agree_on_any(any(name.startswith("pixel_values") for name in batch))
+        model.set_reduce_scatter_unused_params(any_sees)
+    return texts.compute_loss(model, batch, num_items)
 
 
 def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module:
@@ -104,17 +119,18 @@ def scores(run: FinetuningRun, checkpoint: Checkpoint, ranks: Ranks) -> dict[str
     from mixture.dataset_modules import module_score
     from training.evaluation import as_json
     from training.models import precision
+    from training.sharding import convert
     from training.vision import scored_answers_about_images
 
     refuse_what_texts_alone_can(run)  # settings of the evaluation may have changed on the way
-    model: Any = build_model(run, checkpoint).to(device_of_process())
+    model = placed_to_ask(run, build_model(run, checkpoint))
     collate = image_collate(run)
     loss = loss_on_test_split(run, model, compute_loss, ranks, collate)
     score = module_score(run.module, unprotected=run.evaluation.unprotected_code) if run.module else None
     generated = None
     if score and run.evaluation.limit:
         generated = scored_answers_about_images(
-            model.to(precision(run.model)),
+            convert(model, precision(run.model)),
             build_processor(run),
             build_data(run, "test"),
             collate,

@@ -16,6 +16,7 @@ from training.block import (
     export_trained,
     make_trainer,
     open_prepared,
+    placed_to_ask,
     scores_of_texts,
 )
 from training.checkpoints import Checkpoint
@@ -102,14 +103,16 @@ def build_reference(run: FinetuningRun, model: torch.nn.Module, *, temperature: 
 
 
 def first_reference(run: FinetuningRun, *, temperature: float = 1.0) -> Reference:
-    """The model as the chain begins with it, frozen, on the device of this process."""
+    """The model as the chain begins with it, frozen, on the device of this process or in shards on those of all."""
     from training.adapters import is_adapter
     from training.models import precision
     from training.preferences import Reference
 
-    model = build_judging_model(run, None, temperature=temperature).requires_grad_(False).eval()
-    model = model.to(device_of_process())
-    return Reference(None, model) if is_adapter(model) else Reference(model.to(precision(run.model)), model)
+    model: Any = build_judging_model(run, None, temperature=temperature)
+    if is_adapter(model):
+        return Reference(None, placed_to_ask(run, model))
+    frozen = placed_to_ask(run, model.to(precision(run.model)))
+    return Reference(frozen, frozen)
 
 
 def build_referenced_data(run: FinetuningRun, split: str, ranks: Ranks) -> tuple[PackedDataset, PreferenceCollate]:
@@ -165,7 +168,7 @@ def held_out_preferences(run: FinetuningRun, loss: Any, ranks: Ranks) -> dict[st
 
 def scores(run: FinetuningRun, checkpoint: Checkpoint, ranks: Ranks) -> dict[str, Any]:
     """Loss, accuracy and margin, by source in `models`, and answers where the module scores."""
-    model: Any = build_model(run, checkpoint).to(device_of_process())
+    model = placed_to_ask(run, build_model(run, checkpoint))
     found: dict[str, Any] = {}
     if open_prepared(run).splits.get("test"):
         by_source = held_out_preferences(run, build_loss(run, model), ranks)

@@ -14,6 +14,7 @@ from training.block import (
     export_trained,
     make_trainer,
     open_prepared,
+    placed_to_ask,
     scores_of_texts,
 )
 from training.checkpoints import Checkpoint
@@ -145,10 +146,10 @@ def block_scores(run: FinetuningRun, trainer: BlockTrainer) -> dict[str, float]:
 def scores(run: FinetuningRun, checkpoint: Checkpoint, ranks: Ranks) -> dict[str, Any]:
     """Mean rewards before and after, by source in `models`, and answers where the module scores."""
     found: dict[str, Any] = {}
-    model: Any = build_model(run, checkpoint).to(device_of_process())
+    model = placed_to_ask(run, build_model(run, checkpoint))
     if has_held_out_prompts(run):
         rewards, engine = build_rewards(run), build_engine(run)
-        first = build_writer(run, build_model(run, None).to(device_of_process()), ranks, engine)
+        first = build_writer(run, placed_to_ask(run, build_model(run, None)), ranks, engine)
         before, _ = held_out_rewards(run, first, rewards, ranks)
         del first  # two models at once are enough
         after, examples = held_out_rewards(run, build_writer(run, model, ranks, engine), rewards, ranks)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from training.block import (
     BlockStart,
     build_data,
-    device_of_process,
     export_trained,
     held_out_scores,
     make_trainer,
+    placed_to_ask,
     scores_on_test_split,
 )
 from training.checkpoints import Checkpoint
@@ -68,7 +68,7 @@ def block_scores(run: FinetuningRun, trainer: BlockTrainer) -> dict[str, float]:
 
 def scores(run: FinetuningRun, checkpoint: Checkpoint, ranks: Ranks) -> dict[str, Any]:
     """Test loss, and answers where the module scores."""
-    model = build_model(run, checkpoint).to(device_of_process())
+    model = placed_to_ask(run, build_model(run, checkpoint))
     return scores_on_test_split(run, model, build_tokenizer(run), compute_loss, checkpoint, ranks)
 
 

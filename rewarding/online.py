@@ -25,12 +25,22 @@ from rewarding.rollouts import ADVANTAGES, DRAWN, OLD, PLACE, PROMPTS, Rollout, 
 from training.batches import Batch, PackedDataset, even_shares
 from training.distributed import Ranks, failing_together, gather_on_all, sum_over_ranks
 from training.evaluation import autocast, to_device
+from training.frozen_shards import in_step
 from training.online_config import OnlineConfig, RlooConfig
 from training.preferences import ALL, ANSWER_TOKENS, REFERENCE, Reference, evaluating
 
 NOT_FOR_MODEL = (ANSWER_TOKENS, ADVANTAGES, OLD, DRAWN, REFERENCE, PLACE)
 
 SHOWN_ANSWERS = 10
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """Answers to a batch's prompts: what each is worth by each source, and in all."""
+
+    rollouts: list[Rollout]
+    rewards: dict[str, torch.Tensor]
+    total_S: torch.Tensor
 
 
 @dataclass
@@ -66,11 +76,13 @@ class OnlineLoss:
         processes. ValueError, on every process, where a reward fails on one."""
         self.add_passes()
         self.writer.begin()
-        with failing_together():
-            prompts = [batch[PROMPTS] for batch in batches]
+        prompts = [batch[PROMPTS] for batch in batches]
+        with failing_together(), in_step(self.writer.network):
             written = self.writer.write(prompts, occasion=str(self.step), answers=self.config.group_size)
-            for place, (batch, rollouts) in enumerate(zip(batches, written, strict=True)):
-                self.answer(batch, rollouts)
+            rewarded = [self.rewarded(rollouts) for rollouts in written]
+        with failing_together():
+            for place, (batch, answered) in enumerate(zip(batches, rewarded, strict=True)):
+                self.take_up(batch, answered)
                 batch[PLACE] = place
         self.step += 1
         self.batches, self.iteration = batches, 0
@@ -79,24 +91,28 @@ class OnlineLoss:
         self.items = loss_items(self.config, answers=answers, tokens=tokens)
         return self.items
 
-    def answer(self, batch: Batch, rollouts: Sequence[Rollout]) -> None:
-        """Put the answers to a batch's prompts in their place, and reward them."""
+    def rewarded(self, rollouts: list[Rollout]) -> Rewarded:
+        """Answers, and what they are worth."""
         rewards = self.rewards.of(self.writer.answered(rollouts, self.rows))
-        total_S = self.rewards.total(rewards)
-        answered = to_device(rollouts_batch(rollouts), self.writer.network.device)
+        return Rewarded(rollouts, rewards, self.rewards.total(rewards))
+
+    def take_up(self, batch: Batch, answers: Rewarded) -> None:
+        """Put the answers to a batch's prompts in their place. Models are asked by all processes equally often."""
+        rollouts, total_S, device = answers.rollouts, answers.total_S, self.writer.device
+        answered = to_device(rollouts_batch(rollouts), device)
         self.ask_before_updates(answered)
         kl_S = None
         if isinstance(self.config, RlooConfig) and self.reference is not None:
             kl_S = sums_by_answer(answered[OLD] - answered[REFERENCE], answered[ANSWER_TOKENS]).double().cpu()
-        answered[ADVANTAGES] = advantages(total_S, self.config, kl_S).to(self.writer.network.device, torch.float32)
+        answered[ADVANTAGES] = advantages(total_S, self.config, kl_S).to(device, torch.float32)
         batch.clear()
         batch.update(answered)
-        self.note_rewards(rollouts, rewards, total_S)
+        self.note_rewards(rollouts, answers.rewards, total_S)
 
     def ask_before_updates(self, batch: Batch) -> None:
         """Add what policy and reference say of the answers now, where the loss needs it later."""
         network = self.writer.network
-        with torch.no_grad(), autocast(network.device, self.writer.precision):
+        with torch.no_grad(), autocast(self.writer.device, self.writer.precision):
             if self.config.iterations > 1 or (isinstance(self.config, RlooConfig) and self.reference is not None):
                 with evaluating(network):
                     batch[OLD] = log_probabilities(network, batch)
@@ -223,7 +239,7 @@ def held_out_rewards(
     model's mode, as they were.
     """
     writer.begin()
-    with failing_together():
+    with failing_together(), in_step(writer.network):
         count = min(limit, len(prompts))
         shares_of_rank = even_shares(count, batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size)
         asked = [[row for place in share for row in prompts[place]] for share in shares_of_rank]

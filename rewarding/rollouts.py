@@ -36,6 +36,7 @@ from training.distributed import Ranks
 from training.evaluation import autocast
 from training.online_config import OnlineConfig
 from training.preferences import answers_batch
+from training.sharding import computing_device
 
 PROMPTS = "prompts"
 ADVANTAGES = "advantages"
@@ -84,6 +85,11 @@ class Writer:
     engine: VllmEngine | None = None
     """What writes in the place of the network, by its weights."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return computing_device(self.network)
+
     def begin(self) -> None:
         """Write from now on by the network's weights as they are now; all processes of a block do so together."""
         if self.engine is not None:
@@ -118,7 +124,7 @@ class Writer:
         if self.engine is not None:
             written = self.engine.continuations(prompts, stops=self.stops, room=room, draws=draws)
         else:
-            with autocast(self.network.device, self.precision):
+            with autocast(self.device, self.precision):
                 written = continuations(self.network, prompts, stops=self.stops, room=room, draws=draws)
         return [Rollout(prompt, continuation) for prompt, continuation in zip(asked, written, strict=True)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
@@ -26,7 +27,7 @@ pytestmark = [
 ]
 
 
-def as_rank(rank: int, runs: list[FinetuningRun]) -> None:
+def as_rank(rank: int, runs: list[FinetuningRun], has_little_room: bool = False) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
     import deepspeed
@@ -36,6 +37,8 @@ def as_rank(rank: int, runs: list[FinetuningRun]) -> None:
     PartialState._prepare_backend = lambda *arguments: ("gloo", DistributedType.MULTI_CPU)  # type: ignore[method-assign]
     # A faster way for processes of one node to talk, which takes minutes to compile.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if has_little_room:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     for run in runs:
         while not finetuning.train(run).finished:
             pass
@@ -52,13 +55,14 @@ def train_on_two_ranks(runs: list[FinetuningRun]) -> None:
 
 def test_a_chain_under_zero_resumes_exactly_and_learns_as_ddp_does(make_run: MakeRun) -> None:
     training = {"lr": 1e-3, "batch_size": 2, "gradient_accumulation": 2, "log_every": 1}
-    zero = {**training, "parallelism": "deepspeed", "deepspeed": DeepspeedConfig(stage=2)}
     base = make_run("base", training=training)
     finetuning.train(base)
     lora = {"name": str(base.folder.export), "from_scratch": False, "peft": True, "lora": LoraConfig(dropout=0.1)}
     pairs = []
-    for model in ({}, lora):
-        kind = "lora" if model else "full"
+    offloaded = DeepspeedConfig(stage=1, offload_optimizer=True)
+    kinds = {"full": ({}, DeepspeedConfig()), "lora": (lora, DeepspeedConfig()), "offloaded": ({}, offloaded)}
+    for kind, (model, config) in kinds.items():
+        zero = {**training, "parallelism": "deepspeed", "deepspeed": config}
         ddp = make_run(f"{kind}-ddp", model=model, training={**training, "epochs_per_job": 2})
         whole = make_run(f"{kind}-whole", model=model, training={**zero, "epochs_per_job": 2})
         chain = make_run(f"{kind}-chain", model=model, training={**zero, "total_jobs": 2})
@@ -70,6 +74,19 @@ def test_a_chain_under_zero_resumes_exactly_and_learns_as_ddp_does(make_run: Mak
             assert line["grad_norm"] == pytest.approx(line_of_ddp["grad_norm"], rel=1e-3)
         weights, weights_of_chain = weights_of(whole), weights_of(chain)
         assert all(torch.equal(weights[name], weights_of_chain[name]) for name in weights)
+
+
+def test_what_one_process_cannot_write_fails_on_both(make_run: MakeRun) -> None:
+    run = make_run("run", training={"parallelism": "deepspeed"})
+    context = multiprocessing.get_context("spawn")
+    for without_room in (0, 1):
+        pools = [ProcessPoolExecutor(1, mp_context=context) for _ in range(2)]
+        for future in [pool.submit(as_rank, rank, [run], rank == without_room) for rank, pool in enumerate(pools)]:
+            with pytest.raises(OSError, match="the checkpoint of step 4 could not be written"):
+                future.result(timeout=100)
+        for pool in pools:
+            pool.shutdown()
+    assert newest_valid(run.folder.checkpoints) == (None, [])
 
 
 def weights_of(run: FinetuningRun) -> dict[str, torch.Tensor]:

@@ -6,8 +6,9 @@ import json
 import os
 import resource
 import shutil
+import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 from image_models import idefics3
+from ranks import OnRanks, started_ranks
 from safetensors.torch import load_file
 from test_harness import TASKS, needs_lm_eval, write_tasks
-from trained_runs import processes_that_start_fast
 from transformers import AutoModelForCausalLM
 
 import distillation
@@ -44,31 +45,15 @@ MakeRun = Callable[..., FinetuningRun]
 MakeDistillation = Callable[..., DistillationRun]
 
 
-OnThreeRanks = Callable[..., list[object]]
-
 NUM_RANKS = 3
 """The sum of two numbers does not depend on their order, that of three does."""
 
 
 @pytest.fixture(scope="module")
-def on_three_ranks() -> Iterator[OnThreeRanks]:
+def on_three_ranks() -> Iterator[OnRanks]:
     """on_three_ranks(function, ...): what it returns on each of three processes, which stay up."""
-    context = processes_that_start_fast()
-    ranks = [ProcessPoolExecutor(1, mp_context=context) for _ in range(NUM_RANKS)]
-
-    def run(function: Callable[..., object], *arguments: object) -> list[object]:
-        futures = [pool.submit(as_rank, rank, function, *arguments) for rank, pool in enumerate(ranks)]
-        return [future.result(timeout=200) for future in futures]
-
-    yield run
-    for pool in ranks:
-        pool.shutdown()
-
-
-def as_rank(rank: int, function: Callable[..., object], *arguments: object) -> object:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(NUM_RANKS), LOCAL_RANK=str(rank))
-    torch.set_num_threads(1)
-    return function(*arguments)
+    with started_ranks(NUM_RANKS) as run:
+        yield run
 
 
 def meet(folder: Path) -> tuple[list[bool], str, str]:
@@ -83,7 +68,7 @@ def meet(folder: Path) -> tuple[list[bool], str, str]:
     return agree_on_any(ranks.rank == 1, False), from_main(f"from {ranks.rank}"), failure
 
 
-def test_processes_meet_through_the_run_folder_and_agree(on_three_ranks: OnThreeRanks, tmp_path: Path) -> None:
+def test_processes_meet_through_the_run_folder_and_agree(on_three_ranks: OnRanks, tmp_path: Path) -> None:
     launcher, *_ = on_three_ranks(os.getppid)
     (tmp_path / f".rendezvous-local-{launcher}").write_text("127.0.0.1 1")  # left by a launch that was killed
     first, second, third = on_three_ranks(meet, tmp_path)
@@ -99,7 +84,7 @@ def train_all(runs: list[FinetuningRun]) -> None:
 
 
 def test_three_ranks_resume_exactly_and_see_the_loss_that_one_rank_sees(
-    on_three_ranks: OnThreeRanks, make_run: MakeRun
+    on_three_ranks: OnRanks, make_run: MakeRun
 ) -> None:
     training = {"lr": 1e-3, "batch_size": 2, "log_every": 1}
     one_rank = make_run("one-rank", training={**training, "batch_size": 6, "epochs_per_job": 2})
@@ -149,19 +134,19 @@ def distil_all(runs: list[DistillationRun]) -> None:
 
 
 def distil_and_evaluate(runs: list[DistillationRun]) -> list[int]:
-    """The weights of the teacher's decoder layers that this process holds for each run."""
+    """The weights of the teacher's decoder layers that this process holds for each run, once it was asked."""
     distil_all(runs)
     held = []
     for run in runs:
         distillation.evaluate(run)
-        layers = distillation.load_teacher(run).model.get_decoder().layers
-        local = (getattr(weight, "to_local", lambda weight=weight: weight)() for weight in layers.parameters())
-        held.append(sum(weight.numel() for weight in local))
+        teacher = distillation.load_teacher(run).model
+        teacher.base_model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+        held.append(sum(own_part(weight).numel() for weight in teacher.get_decoder().layers.parameters()))
     return held
 
 
 def test_three_ranks_distil_exactly_and_see_the_loss_that_one_rank_sees(
-    on_three_ranks: OnThreeRanks, make_distillation: MakeDistillation
+    on_three_ranks: OnRanks, make_distillation: MakeDistillation
 ) -> None:
     training = {"lr": 1e-3, "batch_size": 1, "gradient_accumulation": 2, "log_every": 1}
     one_rank_training = {**training, "batch_size": 6, "gradient_accumulation": 1, "epochs_per_job": 2}
@@ -183,7 +168,7 @@ def test_three_ranks_distil_exactly_and_see_the_loss_that_one_rank_sees(
 
 
 def test_a_live_teacher_in_shards_says_what_a_whole_one_says(
-    on_three_ranks: OnThreeRanks, make_distillation: MakeDistillation
+    on_three_ranks: OnRanks, make_distillation: MakeDistillation
 ) -> None:
     settings: dict[str, Any] = {"training": {"lr": 1e-3, "batch_size": 1}, "on_policy": OnPolicyConfig(share=0.5)}
     whole = make_distillation("whole", **settings)
@@ -199,7 +184,7 @@ def test_a_live_teacher_in_shards_says_what_a_whole_one_says(
 
 @pytest.mark.parametrize(("objective", "prepared_for"), [("dpo", "pairs"), ("kto", "labelled"), ("reward", "pairs")])
 def test_three_ranks_learn_preferences_exactly_and_as_one_rank_does(
-    objective: Any, prepared_for: Any, on_three_ranks: OnThreeRanks, make_run: MakeRun, tmp_path: Path
+    objective: Any, prepared_for: Any, on_three_ranks: OnRanks, make_run: MakeRun, tmp_path: Path
 ) -> None:
     request = PreparationRequest(
         dataset=DatasetConfig(name="synthetic_preferences", max_length=128, module_keys={"num_rows": 16}),
@@ -237,13 +222,14 @@ def evaluated(run: FinetuningRun) -> dict[str, Any]:
 
 @needs_lm_eval
 def test_three_ranks_share_the_questions_of_a_harness_and_all_learn_its_scores(
-    on_three_ranks: OnThreeRanks, make_run: MakeRun, tmp_path: Path
+    on_three_ranks: OnRanks, make_run: MakeRun, tmp_path: Path
 ) -> None:
     run = make_run("run", training={"epochs_per_job": 3})
     finetuning.train(run)
     tasks = LmEvalConfig(tasks=list(TASKS), include_path=str(write_tasks(tmp_path / "tasks")), limit=5)
     run = replace(run, evaluation=EvaluationConfig(limit=0, lm_eval=tasks))
-    assert on_three_ranks(evaluated, run) == [evaluated(run)] * NUM_RANKS
+    spread = replace(run, training=replace(run.training, parallelism="fsdp"))
+    assert on_three_ranks(evaluated, run) == on_three_ranks(evaluated, spread) == [evaluated(run)] * NUM_RANKS
 
 
 @pytest.mark.parametrize(
@@ -255,7 +241,7 @@ def test_three_ranks_share_the_questions_of_a_harness_and_all_learn_its_scores(
     ids=["grpo", "rloo"],
 )
 def test_three_ranks_learn_from_rewards_exactly_and_as_one_rank_does(
-    settings: Any, on_three_ranks: OnThreeRanks, make_run: MakeRun, tmp_path: Path
+    settings: Any, on_three_ranks: OnRanks, make_run: MakeRun, tmp_path: Path
 ) -> None:
     module = ModuleFile(PROJECT / "datasets/synthetic_sums.py")
     request = PreparationRequest(
@@ -271,19 +257,23 @@ def test_three_ranks_learn_from_rewards_exactly_and_as_one_rank_does(
 
     one_rank = online_run("one-rank", gradient_accumulation=3, epochs_per_job=2)
     whole, chain = online_run("whole", epochs_per_job=2), online_run("chain", total_jobs=2)
+    whole_spread = online_run("whole-spread", epochs_per_job=2, parallelism="fsdp")
+    chain_spread = online_run("chain-spread", total_jobs=2, parallelism="fsdp")
     train_all([one_rank])
-    on_three_ranks(train_all, [chain, whole])
+    on_three_ranks(train_all, [chain, whole, chain_spread, whole_spread])
 
     assert_same_weights(chain, whole)
-    lines_of_one, lines_of_three = list(one_rank.folder.metrics()), list(whole.folder.metrics())
-    assert len(lines_of_one) == len(lines_of_three) == 4, "the last step of an epoch leaves one rank without a prompt"
-    for line_of_one, line_of_three in zip(lines_of_one, lines_of_three, strict=True):
+    assert_same_weights(chain_spread, whole_spread)
+    one, three, spread = (list(run.folder.metrics()) for run in (one_rank, whole, whole_spread))
+    assert len(one) == len(three) == 4, "the last step of an epoch leaves one rank without a prompt"
+    for of_one, of_three, of_spread in zip(one, three, spread, strict=True):
         for part in ("loss", "grad_norm", "reward", "reward_std", "answer_tokens", "entropy", "kl"):
-            assert line_of_three[part] == pytest.approx(line_of_one[part], rel=1e-3, abs=1e-5), part
+            assert of_three[part] == pytest.approx(of_one[part], rel=1e-3, abs=1e-5), part
+            assert of_spread[part] == pytest.approx(of_three[part], rel=1e-3, abs=1e-5), part
 
 
 def test_a_model_in_shards_resumes_exactly_and_learns_as_whole_ones_do(
-    on_three_ranks: OnThreeRanks, make_run: MakeRun
+    on_three_ranks: OnRanks, make_run: MakeRun
 ) -> None:
     training = {"lr": 1e-3, "batch_size": 1, "gradient_accumulation": 2, "log_every": 1, "epochs_per_job": 2}
     spread = {**training, "parallelism": "fsdp", "gradient_checkpointing": True, "save_every": 2, "keep_checkpoints": 9}
@@ -320,17 +310,17 @@ def shares_of_a_model(run: FinetuningRun) -> tuple[int, int]:
     return mine, sum(weight.numel() for weight in model.parameters())
 
 
-def test_each_process_holds_its_share_of_a_model_in_shards(on_three_ranks: OnThreeRanks, make_run: MakeRun) -> None:
+def test_each_process_holds_its_share_of_a_model_in_shards(on_three_ranks: OnRanks, make_run: MakeRun) -> None:
     shares = on_three_ranks(shares_of_a_model, make_run("run"))
     (whole,) = {whole for _, whole in shares}  # type: ignore[attr-defined]
     assert sum(mine for mine, _ in shares) == whole  # type: ignore[misc]
     assert all(mine < 0.4 * whole for mine, _ in shares)  # type: ignore[misc]
 
 
-def train_with_little_room(run: FinetuningRun) -> str:
-    """Train where the second process cannot write a file of more than 20 kB."""
+def train_with_little_room(run: FinetuningRun, rank: int) -> str:
+    """Train where one process cannot write a file of more than 20 kB."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if Ranks.of_environment().rank == 1:
+    if Ranks.of_environment().rank == rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         train_all([run])
@@ -341,25 +331,41 @@ def train_with_little_room(run: FinetuningRun) -> str:
     return "it wrote all"
 
 
-def test_shards_that_one_process_cannot_write_cost_only_the_newest_checkpoint(
-    on_three_ranks: OnThreeRanks, make_run: MakeRun
+def train_until_killed(run: FinetuningRun) -> None:
+    """Train where the kernel kills the second process in the middle of the file with its part of the optimizer."""
+    if Ranks.of_environment().rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    train_all([run])
+
+
+def test_shards_that_one_process_cannot_write_or_dies_over_cost_only_the_newest_checkpoint(
+    on_three_ranks: OnRanks, make_run: MakeRun
 ) -> None:
     training = {"lr": 1e-3, "batch_size": 2, "parallelism": "fsdp"}
     run = make_run("run", training={**training, "total_jobs": 2})
     whole = make_run("whole", training={**training, "epochs_per_job": 2})
     on_three_ranks(finetuning.train, run)
-    for told in on_three_ranks(train_with_little_room, run):
-        assert "the checkpoint of step 6 could not be written" in str(told)
-        assert "Newest whole checkpoint: step_00000003" in str(told)
+    for rank in (0, 1):  # the first writes the weights too
+        for told in on_three_ranks(train_with_little_room, run, rank):
+            assert "the checkpoint of step 6 could not be written" in str(told)
+            assert "Newest whole checkpoint: step_00000003" in str(told)
     start, rejected = newest_valid(run.folder.checkpoints)
     assert start is not None and start.step == 3 and not rejected
+    with started_ranks(NUM_RANKS) as doomed:
+        with pytest.raises(OSError, match="step 6 could not be written"):
+            doomed(train_until_killed, run)
+        with pytest.raises(BrokenProcessPool):
+            doomed(os.getpid)
+    assert newest_valid(run.folder.checkpoints) == (start, [])
     on_three_ranks(train_all, [run, whole])
     assert_same_weights(run, whole)
 
 
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
 def test_a_chain_goes_on_over_other_processes_where_its_steps_stay_the_same(
-    parallelism: str, on_three_ranks: OnThreeRanks, make_run: MakeRun
+    parallelism: str, on_three_ranks: OnRanks, make_run: MakeRun
 ) -> None:
     training = {"lr": 1e-3, "batch_size": 2, "log_every": 1, "parallelism": parallelism}
     whole = make_run("whole", training={**training, "epochs_per_job": 2})
@@ -391,7 +397,7 @@ def keep_metrics(run: TrainerRun, *, steps: int) -> None:
 
 
 def test_a_chain_does_not_go_on_over_other_processes_where_its_steps_would_change(
-    on_three_ranks: OnThreeRanks, make_run: MakeRun
+    on_three_ranks: OnRanks, make_run: MakeRun
 ) -> None:
     training = {"batch_size": 2, "total_jobs": 2}
     plain = make_run("plain", training=training)
@@ -411,7 +417,7 @@ def test_a_chain_does_not_go_on_over_other_processes_where_its_steps_would_chang
 
 
 def test_three_ranks_learn_from_images_as_one_rank_does(
-    on_three_ranks: OnThreeRanks, make_run: MakeRun, tmp_path: Path
+    on_three_ranks: OnRanks, make_run: MakeRun, tmp_path: Path
 ) -> None:
     model = idefics3(tmp_path / "model")
     module = ModuleFile(PROJECT / "datasets/synthetic_images.py")

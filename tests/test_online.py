@@ -471,7 +471,7 @@ ADAPTER = ["--model.from_scratch", "false", "--model.peft", "true"]
     ("overrides", "said"),
     [
         (["--dataset.packing", "true"], r"dataset\.packing: .* one prompt a row"),
-        (["--training.parallelism", "fsdp"], r"training\.parallelism: .* fsdp spreads .* cannot write answers"),
+        (["--training.parallelism", "deepspeed"], r"training\.parallelism: .* deepspeed .* cannot write answers"),
         (["--finetuning.grpo.group_size", "1"], r"finetuning\.grpo\.group_size must be at least 2"),
         (["--finetuning.grpo.rewards", "[{kind: judge}]"], r"kind: judge needs name"),
         (["--finetuning.grpo.rewards", "[{kind: modle}]"], r"item 1, kind: expected one of module, .* got 'modle'"),
@@ -486,6 +486,10 @@ ADAPTER = ["--model.from_scratch", "false", "--model.peft", "true"]
         (
             [*ADAPTER, "--model.peft_method", "qlora", "--finetuning.grpo.engine", "vllm"],
             r"finetuning\.grpo\.engine: vllm is given .* its base is held in 4 bits",
+        ),
+        (
+            ["--training.parallelism", "fsdp", "--finetuning.grpo.engine", "vllm"],
+            r"finetuning\.grpo\.engine: vllm is given the whole .* fsdp keeps in shards",
         ),
         ([*ADAPTER, "--model.peft_method", "lora_moe"], r"model\.peft_method: lora_moe does not learn from rewards"),
     ],

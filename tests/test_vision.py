@@ -163,8 +163,8 @@ def test_a_vision_tower_can_be_kept_as_it_is(make_image_run: MakeRun) -> None:
 
 
 def test_what_rows_with_images_cannot_follow_is_refused(make_image_run: MakeRun) -> None:
-    with pytest.raises(ValueError, match=r"training\.parallelism: fsdp cannot spread .* use ddp"):
-        finetuning.train(make_image_run("run", training={"parallelism": "fsdp"}))
+    with pytest.raises(ValueError, match=r"training\.parallelism: deepspeed sums .* use ddp, or fsdp"):
+        finetuning.train(make_image_run("run", training={"parallelism": "deepspeed"}))
     run = make_image_run("run")
     run = replace(run, evaluation=replace(run.evaluation, lm_eval=LmEvalConfig(tasks=["arc_easy"])))
     with pytest.raises(ValueError, match=r"evaluation\.lm_eval: .* the rows hold images; leave it out"):

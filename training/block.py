@@ -288,6 +288,7 @@ def scored_answers(
     from mixture.dataset_modules import module_score
     from training.evaluation import generation_score
     from training.models import precision
+    from training.sharding import convert
 
     # Preparation keeps the questions of the test split where the module scores answers and its rows hold questions.
     questions_file = open_prepared(run).folder / "test_rows.jsonl"
@@ -298,7 +299,7 @@ def scored_answers(
     if score is None:
         return None
     return generation_score(
-        model.to(precision(run.model)),
+        convert(model, precision(run.model)),
         tokenizer,
         questions_file,
         score,
@@ -320,9 +321,10 @@ def harness_scores(
         return {}
     from training.harness import task_scores
     from training.models import precision
+    from training.sharding import convert
 
     batch_size = config.batch_size or run.evaluation.batch_size or run.training.batch_size
-    model = model.to(precision(run.model)).eval()
+    model = convert(model, precision(run.model)).eval()
     return {"lm_eval": task_scores(model, tokenizer, config, batch_size=batch_size, ranks=ranks)}
 
 
@@ -340,6 +342,14 @@ def record_evaluation(run: TrainerRun, result: dict[str, Any], ranks: Ranks) -> 
     if ranks.is_main:
         write_whole(run.folder.evaluation, orjson.dumps(result, option=orjson.OPT_INDENT_2), synced=True)
         run.folder.record_event("evaluated", **{key: value for key, value in result.items() if key != "examples"})
+
+
+def placed_to_ask(run: TrainerRun, model: torch.nn.Module) -> Any:
+    """A model that is asked and not trained, from the CPU to the device of this process; with `training.parallelism:
+    fsdp` in shards to those of all."""
+    from training.frozen_shards import place_to_ask
+
+    return place_to_ask(model, run.training, device_of_process())
 
 
 def device_of_process() -> torch.device:

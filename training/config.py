@@ -195,7 +195,8 @@ class FsdpConfig:
     """Keep weights, gradients and the optimizer in the node's memory, and step there: slow, for the last few GB."""
 
     wrap: list[str] = field(default_factory=list)
-    """Classes of modules whose weights are gathered together. Unset: the decoder layers, as the model names them."""
+    """Classes of modules whose weights are gathered together. Unset: the decoder layers, as the model names them. What
+    sees, and layers that look at images, are gathered with all the rest, as batches of texts leave them out."""
 
 
 @dataclass(kw_only=True, frozen=True)

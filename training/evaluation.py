@@ -20,6 +20,7 @@ from mixture.dataset_modules import ModuleScore
 from training.batches import Collate, ComputeLoss, PackedDataset, collate, even_shares
 from training.config import EvaluationConfig
 from training.distributed import Ranks, gather_on_all, sum_over_ranks
+from training.frozen_shards import in_step
 from training.models import stop_token_ids
 from training.sharding import computing_device
 
@@ -74,7 +75,7 @@ def held_out_loss(
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0
-    with torch.inference_mode(), autocast(device, precision):
+    with torch.no_grad(), autocast(device, precision):
         for share in even_shares(len(rows), batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size):
             batch = collate([rows[index] for index in share])
             tokens += int((batch["labels"] != -100).sum())
@@ -111,7 +112,8 @@ def generation_score(
     mine = questions[ranks.rank :: ranks.world_size]
     prompts = [prompt_text(question, tokenizer) for question in mine]
     answers = written_answers(model, tokenizer, prompts, config=config, batch_size=batch_size)
-    judged = judge(score, answers, [question["row"] for question in mine], ranks)
+    with in_step(model):
+        judged = judge(score, answers, [question["row"] for question in mine], ranks)
     scored = [
         {"prompt": prompt, "prediction": answer, "score": value}
         for prompt, (answer, value) in zip(prompts, judged, strict=True)
@@ -191,7 +193,7 @@ def written_answers(
     batch_size: int,
 ) -> Iterator[tuple[int, str]]:
     """Greedy continuations as they are written, each with the number of its prompt: short prompts first."""
-    device = next(model.parameters()).device
+    device = computing_device(model)
     stops = stop_token_ids(model, tokenizer)
     model.eval()
     # Prompts of like length share a batch, so that little of it is padding.
@@ -206,7 +208,7 @@ def written_answers(
             add_special_tokens=tokenizer.chat_template is None,
             return_tensors="pt",
         ).to(device)
-        with torch.inference_mode():
+        with torch.no_grad():
             tokens = model.generate(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
@@ -215,6 +217,7 @@ def written_answers(
                 use_cache=True,
                 eos_token_id=stops,
                 pad_token_id=tokenizer.pad_token_id,
+                synced_gpus=False,  # see in_step
             )
         texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         yield from ((number, text.strip()) for number, text in zip(numbers, texts, strict=True))

@@ -12,6 +12,7 @@ from lm_eval.tasks import TaskManager
 
 from training.config import LmEvalConfig
 from training.distributed import Ranks, from_main, gather_on_all
+from training.frozen_shards import in_step
 
 TaskScores = dict[str, dict[str, float]]
 """Of each task and group its metrics: `acc`, or `exact_match, strict-match` where answers are read in several ways."""
@@ -48,6 +49,23 @@ class ModelOnRanks(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         self._rank = ranks.rank
         self._world_size = ranks.world_size
+
+    def _loglikelihood_tokens(self, *arguments: Any, **options: Any) -> list[tuple[float, bool]]:
+        """As many batches as the share of this process takes."""
+        with in_step(self.model):
+            found: list[tuple[float, bool]] = super()._loglikelihood_tokens(*arguments, **options)
+        return found
+
+    def generate_until(self, *arguments: Any, **options: Any) -> list[str]:
+        """As many tokens as the share of this process takes."""
+        with in_step(self.model):
+            written: list[str] = super().generate_until(*arguments, **options)
+        return written
+
+    def _model_generate(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        """The tokens of a batch, without an exchange of who is done: see in_step."""
+        tokens: torch.Tensor = super()._model_generate(*arguments, synced_gpus=False, **options)
+        return tokens
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """A number of every process, by rank."""

@@ -34,7 +34,7 @@ from training.export import replacing
 from training.losses import linear_log_probabilities, logit_shape, output_head, supervised_places
 from training.models import align_weights, load_model_config, load_weights, precision
 from training.preference_losses import Answers, losses, scores
-from training.sharding import computing_device
+from training.sharding import computing_device, let_go
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -224,6 +224,7 @@ class Reference:
         """The network to ask, in evaluation mode."""
         if self.frozen is not None:
             yield self.frozen
+            let_go(self.frozen)
             return
         with self.policy.disable_adapter(), evaluating(self.policy):
             yield self.policy

@@ -21,6 +21,7 @@ from training.batches import PackedDataset
 from training.config import ModelConfig
 from training.distributed import Ranks, failing_together, from_main
 from training.evaluation import autocast, to_device
+from training.frozen_shards import in_step
 from training.model_identity import model_identity
 from training.models import precision
 from training.preferences import Reference, ReferencedRow, answers_batch, values_of_answers
@@ -93,7 +94,7 @@ def write_shards(
     shards[0].folder.mkdir(exist_ok=True)
     reference, device = build()
     told = time.monotonic()
-    with torch.no_grad(), reference.network() as network, autocast(device, model_precision):
+    with torch.no_grad(), reference.network() as network, in_step(network), autocast(device, model_precision):
         for number in range(ranks.rank, len(shards), ranks.world_size):
             if not shards[number].path.exists():
                 shards[number].write(network, device, batch_size)

@@ -61,20 +61,57 @@ def shard(model: nn.Module, config: FsdpConfig, *, device: torch.device, precisi
 
 
 def wrapped_modules(model: nn.Module, config: FsdpConfig) -> list[nn.Module]:
-    """The modules whose weights are gathered together, inner ones before those around them; else ValueError."""
-    network: Any = model.get_base_model() if is_adapter(model) else model  # type: ignore[operator]
+    """The modules whose weights are gathered together, inner ones before those around them; else ValueError.
+
+    All processes gather them at once, so only what every batch asks can be among them. What sees and what looks at
+    images is not, as a batch of texts leaves it out: it is gathered with all that lies outside the layers.
+    """
+    network, decoder = network_of(model), decoder_of(model)
+    looking = [decoder.layers[number] for number in getattr(decoder.config, "cross_attention_layers", None) or []]
+    left_out = {module for layer in looking for module in layer.modules()}
     names = set(config.wrap or network._no_split_modules or [])
-    modules = [module for module in reversed(list(model.modules())) if type(module).__name__ in names]
+    asked = [module for module in reversed(list(decoder.modules())) if module not in left_out]
+    modules = [module for module in asked if type(module).__name__ in names]
     missing = set(config.wrap) - {type(module).__name__ for module in modules}
     if missing or not modules:
-        layers = sorted({type(module).__name__ for module in model.modules()})
+        layers = sorted({type(module).__name__ for module in asked})
         unknown = ", ".join(sorted(missing or names))
         wanted = f"no module of the class {unknown}" if unknown else "no layers that it names itself"
         raise ValueError(
-            f"training.fsdp.wrap: {type(network).__name__} has {wanted}; name the classes of its layers, out of "
-            f"{', '.join(layers)}"
+            f"training.fsdp.wrap: what reads texts in {type(network).__name__} has {wanted}; name the classes of its "
+            f"layers, out of {', '.join(layers)}"
         )
     return modules
+
+
+def network_of(model: nn.Module) -> Any:
+    """The network inside an adapter, or the model itself."""
+    return model.get_base_model() if is_adapter(model) else model  # type: ignore[operator]
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """The part of a model that reads texts: every forward pass, and every token that is written, asks it once."""
+    return network_of(model).get_decoder()
+
+
+def convert(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its weights in another precision, in place; also one in shards that was asked before."""
+    model = model.to(dtype)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for weight in group.fsdp_params:
+                    # The memory that it was gathered into, which FSDP makes once and for one precision.
+                    weight.all_gather_outputs = []
+                    vars(weight).pop("_unsharded_param", None)
+                group._init_mp_dtypes()
+    return model
+
+
+def let_go(model: nn.Module) -> None:
+    """Give up all that a pass has gathered: without a backward pass, what lies outside the layers is kept whole."""
+    if isinstance(model, FSDPModule):
+        model.reset_iter_state()
 
 
 def is_sharded(model: nn.Module) -> bool:

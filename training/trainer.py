@@ -8,7 +8,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -124,6 +124,27 @@ class ExtraMetrics(Protocol):
 
     def forget_passes(self) -> None:
         """Count nothing of what passes of the loss have measured since the last call."""
+
+
+@contextmanager
+def failing_afterwards(engine: Any) -> Iterator[None]:
+    """Have a file that DeepSpeed's engine cannot write fail at the end, as processes wait for each other before."""
+    errors: list[Exception] = []
+    save = engine.save
+
+    def save_or_note(*arguments: Any, **options: Any) -> None:
+        try:
+            save(*arguments, **options)
+        except Exception as error:
+            errors.append(error)
+
+    engine.save = save_or_note
+    try:
+        yield
+    finally:
+        engine.save = save
+    if errors:
+        raise errors[0]
 
 
 BeginStep = Callable[[list[Batch]], float]
@@ -335,7 +356,9 @@ class BlockTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.config.parallelism != "fsdp":
-            super()._save_optimizer_and_scheduler(output_dir)
+            zero = uses_deepspeed(self.config)
+            with failing_afterwards(self.model_wrapped.checkpoint_engine) if zero else nullcontext():
+                super()._save_optimizer_and_scheduler(output_dir)
             return
         sharding.save_optimizer(self.model, self.optimizer.optimizer, Path(output_dir))
         if self.args.should_save:
@@ -604,7 +627,9 @@ class BlockTrainer(Trainer):
 
     def write_state(self, folder: Path) -> None:
         """All that the next block needs: weights, optimizer, schedule, random states of every rank, position."""
-        self.save_model(str(folder), _internal_call=True)
+        # Weights and optimizer in shards are written by all processes together: none begins what another will not.
+        with failing_together():
+            self.save_model(str(folder), _internal_call=True)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))

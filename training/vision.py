@@ -21,7 +21,9 @@ from training.batches import IGNORED, Batch, PackedDataset
 from training.config import EvaluationConfig
 from training.distributed import Ranks
 from training.evaluation import GenerationScore, to_device
+from training.frozen_shards import in_step
 from training.models import stop_token_ids
+from training.sharding import computing_device
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,15 @@ def scored_answers_about_images(
     count = min(config.limit, len(rows))
     model.eval()
     found: dict[int, dict[str, Any]] = {}
-    for numbers in alike(rows, range(ranks.rank, count, ranks.world_size), batch_size):
-        packs = [rows[number] for number in numbers]
-        questions = questions_of(collate(packs), pad_token_id=processor.tokenizer.pad_token_id)
-        answers = generated_answers(model, processor, questions, max_new_tokens=config.max_new_tokens)
-        for number, pack, question, answer in zip(numbers, packs, texts_of(questions, processor), answers, strict=True):
-            value = float(score.function(answer, pack[0].read()))
-            found[number] = {"prompt": question, "prediction": answer, "score": value}
+    with in_step(model):
+        for numbers in alike(rows, range(ranks.rank, count, ranks.world_size), batch_size):
+            packs = [rows[number] for number in numbers]
+            questions = questions_of(collate(packs), pad_token_id=processor.tokenizer.pad_token_id)
+            answers = generated_answers(model, processor, questions, max_new_tokens=config.max_new_tokens)
+            texts = texts_of(questions, processor)
+            for number, pack, question, answer in zip(numbers, packs, texts, answers, strict=True):
+                value = float(score.function(answer, pack[0].read()))
+                found[number] = {"prompt": question, "prediction": answer, "score": value}
     return GenerationScore.of_shares(score.name, [found[number] for number in sorted(found)], rows=count)
 
 
@@ -144,18 +148,19 @@ def texts_of(questions: Batch, processor: Any) -> list[str]:
 
 def generated_answers(model: Any, processor: Any, questions: Batch, *, max_new_tokens: int) -> list[str]:
     """What the model says to each question, greedily, up to `max_new_tokens` or the end of its turn."""
-    weight = next(model.parameters())
+    weight, device = next(model.parameters()), computing_device(model)
     inputs = {
         key: value.to(weight.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for key, value in to_device(questions, weight.device).items()
+        for key, value in to_device(questions, device).items()
     }
-    with torch.inference_mode():
+    with torch.no_grad():
         tokens = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=stop_token_ids(model, processor),
             pad_token_id=processor.tokenizer.pad_token_id,
+            synced_gpus=False,  # see in_step
         )
     written = tokens[:, questions["input_ids"].shape[1] :]
     return [answer.strip() for answer in processor.tokenizer.batch_decode(written, skip_special_tokens=True)]
