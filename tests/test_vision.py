@@ -177,7 +177,7 @@ def test_processes_that_read_ahead_change_no_loss_and_no_weight(make_image_run: 
     ahead = make_image_run(
         "ahead", training={**shared, "arguments": {"report_to": "none", "dataloader_num_workers": 2}}
     )
-    assert_identical(train_to_the_end(ahead), train_to_the_end(here))
+    assert_identical(trained_weights(ahead), trained_weights(here))
     losses = [[line["loss"] for line in run.folder.metrics() if "loss" in line] for run in (ahead, here)]
     assert losses[0] == losses[1] and len(losses[0]) > 4
 
@@ -206,7 +206,7 @@ def test_two_blocks_on_a_mixture_of_images_and_texts_equal_one_uninterrupted_run
         return replace(make_image_run(name, data=data, training=training), module=None)
 
     chain = run("chain", epochs_per_job=1, total_jobs=2)
-    assert_identical(train_to_the_end(chain), train_to_the_end(run("whole", epochs_per_job=2, total_jobs=1)))
+    assert_identical(trained_weights(chain), trained_weights(run("whole", epochs_per_job=2, total_jobs=1)))
     assert finetuning.evaluate(chain)["loss"] > 0
     packs = [build_data(chain, "train")[number] for number in range(4)]
     assert {bool(pack[0].content.images) for pack in packs} == {True, False}
