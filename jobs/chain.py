@@ -50,6 +50,9 @@ class ChainJob:
     gpus: int = 1
     """Of each task; a block has those that the settings give it."""
 
+    is_spread: bool = False
+    """Whether it is a process per GPU on all nodes of the run, as a block always is; others are one process in all."""
+
 
 @dataclass
 class Journal:
@@ -89,7 +92,14 @@ class Journal:
             write_whole(self.path, json.dumps(content, indent=2).encode() + b"\n", synced=True)
             self.jobs = jobs
 
-    def plan_of(self, kinds: Sequence[JobKind], run_name: str, capture: ArrayShape = ONE_JOB) -> list[ChainJob]:
+    def plan_of(
+        self,
+        kinds: Sequence[JobKind],
+        run_name: str,
+        capture: ArrayShape = ONE_JOB,
+        *,
+        spreads_evaluation: bool = False,
+    ) -> list[ChainJob]:
         """A job for each kind, in order: one that is not released yet where there is one, else a new one."""
         spare = [job for job in self.jobs if not job.released]
         plan: list[ChainJob] = []
@@ -98,7 +108,8 @@ class Journal:
             if job is None:
                 name = next_name(self.run_id, run_name, kind, [*self.jobs, *plan])
                 shape = capture if kind == "capture" else ONE_JOB
-                job = ChainJob(kind=kind, name=name, tasks=shape.tasks, gpus=shape.gpus)
+                is_spread = kind == "evaluate" and spreads_evaluation
+                job = ChainJob(kind=kind, name=name, tasks=shape.tasks, gpus=shape.gpus, is_spread=is_spread)
             else:
                 spare.remove(job)
             plan.append(job)

@@ -208,6 +208,16 @@ class RunConfig:
         return TokenizerSource(name=source.name, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
     @property
+    def spreads_evaluation(self) -> bool:
+        """Whether the evaluation takes all processes of a block: what it asks lies in shards on them."""
+        distillation, eagle3 = self.distillation, self.eagle3
+        return (
+            self.training.parallelism == "fsdp"
+            or (distillation is not None and distillation.shard_teacher)
+            or (eagle3 is not None and eagle3.shard_target)
+        )
+
+    @property
     def objective(self) -> Objective:
         """What the data is prepared for."""
         if self.trainer != "finetuning":

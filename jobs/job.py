@@ -348,12 +348,14 @@ def train_block(context: JobContext, signals: StopSignals) -> int:
 
 
 def evaluate_run(context: JobContext, signals: StopSignals) -> int:
-    """Score the trained model, and mark the run as done."""
+    """Score the trained model, on all processes of the job, and mark the run as done."""
     if not training_finished(context):
         print("training has not reached its end yet: more blocks are needed before this job", file=sys.stderr)
         return ExitCode.STOPPED_EARLY
     require_prepared(context)
     trainer_of(context.config).evaluate(run_of_trainer(context, signals))
+    if not is_first_process():
+        return ExitCode.DONE
     write_whole(context.run.done, time.strftime("%Y-%m-%dT%H:%M:%S%z\n").encode(), synced=True)
     context.run.record_event("done")
     cancel_what_waits(context.run)

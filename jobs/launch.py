@@ -212,6 +212,7 @@ def submit_chain(
         report=report,
         journal=Journal.open(run),
         capture=array_shape(config),
+        spreads_evaluation=config.spreads_evaluation,
     )
     return submission.bring_about(lambda: remaining_jobs(run, config, data_key))
 

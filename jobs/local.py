@@ -14,7 +14,7 @@ from typing import TextIO
 
 from jobs.capturing import array_shape
 from jobs.chain import JobKind
-from jobs.config import read_resolved_config
+from jobs.config import RunConfig, read_resolved_config
 from jobs.exit_code import ExitCode
 from jobs.failures import progress
 from training.run_folder import RunFolder
@@ -101,7 +101,11 @@ def run_job_here(
 ) -> int:
     """Run one job as one process per GPU, its output in logs/; returns its exit code."""
     run.logs.mkdir(parents=True, exist_ok=True)
-    world_size = {"capture": captures_here(run, num_processes), "block": num_processes}.get(kind, 1)
+    config = read_resolved_config(run.config)
+    processes_of = {"capture": captures_here(config, num_processes), "block": num_processes}
+    if config.spreads_evaluation:
+        processes_of["evaluate"] = num_processes
+    world_size = processes_of.get(kind, 1)
     log = run.logs / f"{kind}-{len(list(run.logs.glob(f'{kind}-*.log'))) + 1}.log"
     processes = [start_process(run, kind, rank, world_size, gpu_id, log) for rank in range(world_size)]
     try:
@@ -133,9 +137,9 @@ def start_process(
         return subprocess.Popen(command, cwd=run.code, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
-def captures_here(run: RunFolder, num_gpus: int) -> int:
+def captures_here(config: RunConfig, num_gpus: int) -> int:
     """Processes that capture side by side, each with as many GPUs as the teacher needs."""
-    return max(1, num_gpus // array_shape(read_resolved_config(run.config)).gpus)
+    return max(1, num_gpus // array_shape(config).gpus)
 
 
 def visible_devices(environment: Mapping[str, str]) -> list[str]:

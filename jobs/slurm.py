@@ -58,10 +58,11 @@ def sbatch_words(message: str) -> str:
 
 
 def sbatch_parameters(job: ChainJob, run: RunFolder, slurm: SlurmConfig) -> dict[str, Any]:
-    """What submitit is told about one job. A block is one process per GPU; all others are one process in all."""
-    nodes, tasks_per_node = (slurm.nodes, slurm.tasks_per_node) if job.kind == "block" else (1, 1)
+    """What submitit is told about one job. A block is one process per GPU; most others are one process in all."""
+    is_spread = job.kind == "block" or job.is_spread
+    nodes, tasks_per_node = (slurm.nodes, slurm.tasks_per_node) if is_spread else (1, 1)
     gpus_per_node = None if job.kind == "prepare" else slurm.gpus_per_node
-    if job.kind in ("capture", "evaluate") and slurm.gpus_per_node:
+    if not is_spread and gpus_per_node:
         gpus_per_node = job.gpus
     options = {
         "partition": slurm.partition,

@@ -59,6 +59,9 @@ class ChainSubmission:
     capture: ArrayShape = ONE_JOB
     """The array that captures the teacher."""
 
+    spreads_evaluation: bool = False
+    """Whether the evaluation has as many processes as a block."""
+
     untouched: bool = True
     changed_at_s: float = field(default_factory=time.monotonic)
     """When Slurm was last told something; at first now, since a call before this one may just have been cut off."""
@@ -134,7 +137,7 @@ class ChainSubmission:
 
     def plan(self, kinds: list[JobKind], jobs: dict[str, QueuedJob]) -> list[ChainJob]:
         """The jobs to submit and release, journalled before anything is done; with ids where Slurm has them."""
-        plan = self.journal.plan_of(kinds, self.run_name, self.capture)
+        plan = self.journal.plan_of(kinds, self.run_name, self.capture, spreads_evaluation=self.spreads_evaluation)
         lost = [job for job in plan if job.id is not None and not is_live(job, jobs)]
         if lost:
             self.report(f"Slurm has lost {len(lost)} of the jobs that it accepted; submitting them again")

@@ -39,13 +39,16 @@ def waiting_partition(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> I
 
 def test_a_chain_over_two_nodes_finishes_and_learns(slurm: SlurmCluster, tmp_path: Path) -> None:
     arguments = [str(PROJECT / "configs/test.yaml"), *TINY, *folders(tmp_path)]
-    arguments += ["--slurm.nodes", "2", "--training.total_jobs", "2"]
+    arguments += ["--slurm.nodes", "2", "--training.total_jobs", "2", "--training.parallelism", "fsdp"]
     answer = train_sh(*arguments, "--wait")
     logs = "\n".join(path.read_text() for path in (tmp_path / "runs/test/logs").glob("*_log.out"))
     assert answer.returncode == 0, answer.stdout + answer.stderr + logs
     run = RunFolder(tmp_path / "runs/test")
     assert run.done.exists()
-    assert run.evaluation.exists()
+    assert json.loads(run.evaluation.read_text())["loss"] > 0
+    evaluate = Journal.open(run).jobs[-1].id
+    parts = sorted(path.name for path in run.logs.glob(f"{evaluate}_*_log.out"))
+    assert parts == [f"{evaluate}_0_log.out", f"{evaluate}_1_log.out"], "what is scored lies in shards on both nodes"
     ends = [event for event in run.events() if event["event"] == "block_end"]
     assert [end["block"] for end in ends] == [1, 2]
     assert ends[-1]["eval_loss"] < ends[0]["eval_loss"]
