@@ -28,7 +28,7 @@ def answers_key(writer: ModelConfig, answers: AnswersConfig, *, data_key: str, s
         "seed": seed if answers.temperature else None,
     }
     if answers.engine != "transformers":
-        parts["engine"] = answers.engine
+        parts |= {"engine": answers.engine, "arguments": answers.vllm.arguments if answers.vllm else {}}
     return xxhash.xxh3_64_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
 
 

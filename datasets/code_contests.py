@@ -94,8 +94,11 @@ SCORE_IN_THREADS = True
 
 def score(prediction, row, unprotected=False):
     """1.0 where the prediction's code answers every test of the task as expected and in time, else 0.0."""
-    if not row["tests"]:
-        raise ValueError(f"{row['id']} has no tests: its row lacks {', '.join(TESTS)}")
+    if not row.get("tests"):
+        raise ValueError(
+            f"{row['id']} has no tests: rows to learn from come without them, and held-out ones where the data has "
+            f"{', '.join(TESTS)}"
+        )
     program = code_of(prediction)
     limits = Limits(time_s=row["time_limit_s"] * SLOWER, folder_bytes=FILES_BYTES)
     return float(

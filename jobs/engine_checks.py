@@ -39,16 +39,8 @@ def find_engines(config: RunConfig, config_folder: Path, collect: Callable[..., 
     if distillation is not None:
         distillation = replace(distillation, answers=found("distillation.answers", distillation.answers))
     if eagle3 is not None:
-        if eagle3.answers is not None and eagle3.answers.engine == "vllm" and config.model.adapters:
-            collect("eagle3.answers.engine", refuse_adapters)
         eagle3 = replace(eagle3, answers=found("eagle3.answers", eagle3.answers))
     return replace(config, finetuning=finetuning, distillation=distillation, eagle3=eagle3)
-
-
-def refuse_adapters() -> None:
-    raise ValueError(
-        "vllm reads the target from its files, without model.adapters; use transformers, or a merged model"
-    )
 
 
 def find_python(python: str | None, config_folder: Path) -> str | None:
@@ -69,7 +61,10 @@ def find_python(python: str | None, config_folder: Path) -> str | None:
     path = next((path for path in tried if path.is_file() and os.access(path, os.X_OK)), None)
     if path is None:
         raise ValueError(f"no program {python}; tried {', '.join(map(str, dict.fromkeys(tried)))}; {make}")
-    looked = subprocess.run([path, "-I", "-c", HAS_VLLM], capture_output=True, timeout=LOOK_S)
+    try:
+        looked = subprocess.run([path, "-I", "-c", HAS_VLLM], capture_output=True, timeout=LOOK_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ValueError(f"{path} cannot be asked for vllm: {error}; is it a Python? {make}") from error
     if looked.returncode != 0:
         raise ValueError(f"{path} has no package vllm; install it there: {path} -m pip install vllm")
     return str(path)

@@ -38,6 +38,11 @@ CHANGEABLE = (
         for trainer in ("distillation", "eagle3")
         for key in ("tasks", "gpus_per_task", "batch_size", "shard_rows")
     ),
+    *(
+        f"{section}.vllm.{key}"
+        for section in ("finetuning.grpo", "finetuning.rloo", "distillation.answers", "eagle3.answers")
+        for key in ("python", "gpu_memory_share")
+    ),
     *(f"slurm.{key}" for key in ("partition", "time", "warning_s", "cpus_per_task", "mem", "account", "qos")),
     *(f"slurm.{key}" for key in ("constraint", "gpu_id", "setup", "extra")),
 )

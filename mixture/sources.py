@@ -517,13 +517,15 @@ def images_named(parts: Sequence[Path], data_dir: Path) -> ImageFolder | None:
 
 def scannable_file(file: Path, data_dir: Path, task: FetchTask) -> Path:
     """The file itself where it can be scanned as it is; else as JSONL, converted once: again where it has changed."""
-    if is_plain_jsonl(file) and not file_holds_images(file):
+    holds_images = file_holds_images(file)
+    if is_plain_jsonl(file) and not holds_images:
         return file
     state = file.stat()
-    part = source_folder(data_dir, file.name, [str(file), state.st_size, state.st_mtime_ns]) / "part-00000.jsonl"
+    fields = [str(file), state.st_size, state.st_mtime_ns, *(["images"] if holds_images else [])]
+    part = source_folder(data_dir, file.name, fields) / "part-00000.jsonl"
     if not part.exists():
         task.say(f"converting {file.name}, {state.st_size / 1e6:.1f} MB")
-        if file_holds_images(file):
+        if holds_images:
             lines = ImageLines(images=images_of_sources(data_dir), place=str(file), folder=file.parent)
             write_lines(lines.lines(file_rows(file), part), part)
         else:

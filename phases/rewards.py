@@ -61,7 +61,11 @@ def settings_of(run: FinetuningRun) -> OnlineConfig:
 
 def objective(run: FinetuningRun) -> str:
     """All that shapes the loss, in words: a checkpoint is resumed under these settings only."""
-    return objective_in_words(run, {**asdict(settings_of(run)), "max_length": run.dataset.max_length})
+    settings = settings_of(run)
+    shaping = {name: value for name, value in asdict(settings).items() if name not in ("engine", "vllm")}
+    if settings.engine != "transformers":  # where vLLM is found, and its memory, shape nothing
+        shaping |= {"engine": settings.engine, "arguments": settings.vllm.arguments if settings.vllm else {}}
+    return objective_in_words(run, {**shaping, "max_length": run.dataset.max_length})
 
 
 def build_model(run: FinetuningRun, start: Checkpoint | None) -> torch.nn.Module:

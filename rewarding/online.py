@@ -99,7 +99,7 @@ class OnlineLoss:
     def take_up(self, batch: Batch, answers: Rewarded) -> None:
         """Put the answers to a batch's prompts in their place. Models are asked by all processes equally often."""
         rollouts, total_S, device = answers.rollouts, answers.total_S, self.writer.device
-        answered = to_device(rollouts_batch(rollouts), device)
+        answered = to_device(rollouts_batch(rollouts, drawn_elsewhere=self.writer.engine is not None), device)
         self.ask_before_updates(answered)
         kl_S = None
         if isinstance(self.config, RlooConfig) and self.reference is not None:

@@ -142,10 +142,10 @@ class Writer:
         ]
 
 
-def rollouts_batch(rollouts: Sequence[Rollout]) -> Batch:
-    """The answers' batch, before it is known what they are worth."""
+def rollouts_batch(rollouts: Sequence[Rollout], *, drawn_elsewhere: bool) -> Batch:
+    """The answers' batch, before it is known what they are worth; a process without answers has the same entries."""
     batch = answers_batch([rollout.row for rollout in rollouts])
-    drawn = [one for rollout in rollouts if (one := rollout.continuation.log_probabilities) is not None]
-    if drawn:
-        batch[DRAWN] = torch.from_numpy(np.concatenate(drawn))
+    if drawn_elsewhere:
+        drawn = [one for rollout in rollouts if (one := rollout.continuation.log_probabilities) is not None]
+        batch[DRAWN] = torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.float32), *drawn]))
     return batch

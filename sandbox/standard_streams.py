@@ -5,7 +5,7 @@ from __future__ import annotations
 from sandbox.python import USUAL, Limits, TestRun, run_tests
 
 JUDGE = '''
-import math, os, sys, threading
+import atexit, math, os, sys, threading
 
 def answer_of(program, given):
     """What the program writes to its standard output, where that is what the process gets and gives as a whole."""
@@ -15,7 +15,8 @@ def answer_of(program, given):
         place = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY)
         os.dup2(place, number)
         os.close(place)
-    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
     try:
         exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
     except SystemExit as end:
@@ -24,7 +25,10 @@ def answer_of(program, given):
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
-    sys.stdout.flush()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.__stdout__):
+        if not stream.closed:
+            stream.flush()
     with open("answer") as file:
         return file.read()
 
@@ -52,8 +56,9 @@ def run_on_input(
 ) -> TestRun:
     """Run a Python program as a script on an input; it has passed where it answers the expected words.
 
-    White space between words does not count, and numbers with decimals may be off by one part in a million. All that
-    `run_tests` says of its tests holds here too, ValueError included.
+    White space between words does not count, and numbers with decimals may be off by one part in a million. A program
+    that ends itself by os._exit has not passed. All that `run_tests` says of its tests holds here too, ValueError
+    included.
     """
     return run_tests(
         "", f"{JUDGE}\njudge({program!r}, {given!r}, {expected!r})", limits=limits, unprotected=unprotected

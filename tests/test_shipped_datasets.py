@@ -312,20 +312,37 @@ def test_tests_of_contests_reach_the_score_and_no_row_to_learn_from(tmp_path):
     ("answer", "score"),
     [
         (f"So:\n```python\n{RIGHT}```", 1.0),
+        (RIGHT.replace("total / 2", "total / 2, file=sys.__stdout__"), 1.0),
+        (
+            f"import atexit\nkept = []\natexit.register(lambda: print(*kept))\n{RIGHT.replace('print', 'kept[:] = ')}",
+            1.0,
+        ),
+        (f"{RIGHT}\nsys.stdout.close()", 1.0),
         ("a, b = map(int, input().split())\nprint(3, 1.5)", 0.0),
         ("a, b = map(int, input().split())\nprint(a + b, int((a + b) / 2))", 0.0),
         ("while True:\n    pass", 0.0),
         ("import os\nos._exit(0)", 0.0),
         ("", 0.0),
     ],
-    ids=["right", "right once", "less exact", "endless", "gone", "empty"],
+    ids=[
+        "right",
+        "to the first stream",
+        "at the end",
+        "closed",
+        "right once",
+        "less exact",
+        "endless",
+        "gone",
+        "empty",
+    ],
 )
 def test_contests_score_programs_by_what_they_print(answer, score):
     module = load_module(PROJECT / "datasets" / "code_contests.py")
     (task,) = module.read_tasks([CONTEST])
     assert module.SCORE_NAME == "pass@1" and module.score(answer, task) == score
-    with pytest.raises(ValueError, match="sums-0 has no tests: its row lacks public_tests, private_tests, generated"):
-        module.score(answer, {**task, "tests": []})
+    for row in ({**task, "tests": []}, {"id": "sums-0"}):
+        with pytest.raises(ValueError, match=r"sums-0 has no tests: rows to learn from come without them, .* public"):
+            module.score(answer, row)
 
 
 def test_synthetic_answers_are_right_and_score_full_marks():

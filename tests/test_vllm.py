@@ -45,6 +45,7 @@ from mixture.mixture_folder import finish_folder
 from mixture.prepare import PreparationRequest, prepare
 from mixture.scatter import WrittenPart
 from mixture.shards import TokenRows
+from rewarding.rollouts import rollouts_batch
 from settings.yaml_tree import ConfigError
 from training.checkpoints import newest_valid
 from training.config import EvaluationConfig, FinetuningConfig, LoraConfig, ModelConfig, TrainingConfig
@@ -191,6 +192,11 @@ def test_a_python_with_vllm_is_looked_for_before_the_queue(tmp_path: Path) -> No
     (bare / f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages/vllm").mkdir()
     found = check_run(example, [*asked, str(bare / "bin/python")]).config.finetuning.online
     assert found is not None and found.vllm == VllmConfig(python=str(bare / "bin/python"))
+
+
+def test_a_process_without_answers_has_the_entries_of_the_others() -> None:
+    assert rollouts_batch([], drawn_elsewhere=True)["drawn"].shape == (0,)
+    assert "drawn" not in rollouts_batch([], drawn_elsewhere=False)
 
 
 # --- answers to the rows of a mixture

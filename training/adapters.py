@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -323,36 +322,51 @@ def load_adapter_state(model: nn.Module, checkpoint: Path) -> None:
 # ------------------------------------------------------------------------------------------------- merged for a while
 
 
-@contextmanager
-def merged(adapted: PeftModel) -> Iterator[None]:
-    """The adapter as a part of the base's weights; both as before afterwards, bit for bit, which peft's own way back
-    would not give."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+@torch.no_grad()
+def merged_weights(adapted: PeftModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights of the model with its adapter merged in, on the CPU, by the names that they have without an adapter.
 
-    own = {weight: weight.data for weight in adapted.parameters()}
-    layers: list[Any] = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
-    try:
-        adapted.merge_adapter(safe_merge=True)  # makes new tensors, and leaves these alone
-        yield
-    finally:
-        for layer in layers:
-            layer.merged_adapters.clear()
-            getattr(layer, "_caches", {}).clear()  # what DoRA keeps for peft's own way back
-        for weight, data in own.items():
-            weight.data = data
-
-
-def plain_weights(adapted: PeftModel) -> dict[str, torch.Tensor]:
-    """The weights of a model whose adapter is merged in, by the names that they have without an adapter."""
+    The model is as before afterwards, bit for bit: peft's own way back would round. Of the device's memory that of one
+    layer is taken.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     network: Any = adapted.get_base_model()
-    layers = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, BaseTunerLayer))
-    return {
-        name.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."): weight
-        for name, weight in network.state_dict().items()
-        if ".original_module." not in name and (".base_layer." in name or not name.startswith(layers))
+    layers: dict[str, Any] = {
+        name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)
     }
+    inside = tuple(f"{name}." for name in layers)
+    weights = {
+        name.replace(".modules_to_save.default.", "."): weight.to("cpu", dtype)
+        for name, weight in network.state_dict().items()
+        if ".original_module." not in name and not name.startswith(inside)
+    }
+    for name, layer in layers.items():
+        for part, weight in merged_layer(layer, dtype).items():
+            weights[f"{name}.{part}"] = weight
+    return weights
+
+
+def merged_layer(layer: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights of one layer with its adapter merged in, on the CPU."""
+    # Some methods put other tensors in the place of the base's, some change those that are there.
+    own = [(weight, weight.data, weight.data.clone()) for weight in layer.get_base_layer().parameters()]
+    layer.merge(safe_merge=True)
+    found = {name: weight.to("cpu", dtype, copy=True) for name, weight in layer.get_base_layer().state_dict().items()}
+    layer.unmerge()
+    for weight, data, content in own:
+        weight.data = data.copy_(content)
+    return found
+
+
+def has_own_head(adapted: PeftModel) -> bool:
+    """Whether the adapter trains head or embedding apart from each other, even if the model ties them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    network: Any = adapted.get_base_model()
+    ends = (network.get_output_embeddings(), network.get_input_embeddings())
+    return any(isinstance(end, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for end in ends)
 
 
 # --------------------------------------------------------------------------------------------------------- exported
