@@ -103,11 +103,13 @@ def check_run(file: Path, overrides: Sequence[str] = ()) -> CheckedRun:
     check_protection(config, module, cluster, collect)
     if cluster == "slurm":
         collect("slurm", check_partition, config.slurm.partition, config.slurm.time_limit_minutes)
+    notes: list[str] = []
+    world_size = config.slurm.world_size if cluster == "slurm" else local_world_size(config, notes)
+    collect("evaluation.lm_eval", require_questions, config, world_size)
     if collect.problems:
         raise ConfigError(collect.problems)
 
-    notes = [*collect.notes, *context_notes(config)]
-    world_size = config.slurm.world_size if cluster == "slurm" else local_world_size(config, notes)
+    notes = [*collect.notes, *context_notes(config), *notes]
     if config.training.parallelism != "ddp" and world_size == 1:
         notes.append(f"training.parallelism: {config.training.parallelism} spreads nothing over one process")
     return CheckedRun(
@@ -446,6 +448,15 @@ def find_harness_tasks(evaluation: EvaluationConfig, config_folder: Path) -> Eva
     raise ValueError(
         f"include_path: no folder {lm_eval.include_path}; tried {', '.join(map(str, dict.fromkeys(tried)))}"
     )
+
+
+def require_questions(config: RunConfig, world_size: int) -> None:
+    """Raise ValueError where the processes that score a model get fewer questions of a task than they are."""
+    lm_eval = config.evaluation.lm_eval
+    if config.spreads_evaluation and lm_eval is not None and lm_eval.limit is not None and lm_eval.limit < world_size:
+        raise ValueError(
+            f"limit: {lm_eval.limit} is below the {world_size} processes that share the questions of a task; raise it"
+        )
 
 
 def check_parallelism_packages(parallelism: str) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetuning
 from jobs.config import PROJECT, read_run_config
-from jobs.preflight import check_run
+from jobs.preflight import check_run, require_questions
 from jobs.report import evaluation_section
 from jobs.status_view import scores
 from settings.yaml_tree import ConfigError
@@ -131,6 +131,15 @@ def test_a_missing_folder_of_tasks_is_told_before_the_queue(tmp_path: Path) -> N
     assert found.config.evaluation.lm_eval == LmEvalConfig(tasks=["arc_easy"], include_path=str(PROJECT / "configs"))
     with pytest.raises(ConfigError, match=r"evaluation\.lm_eval: include_path: no folder nowhere; tried "):
         check_run(PROJECT / "configs/test.yaml", overrides("--evaluation.lm_eval.include_path", "nowhere"))
+
+
+def test_fewer_questions_than_the_processes_that_share_them_are_told_before_the_queue() -> None:
+    limited = overrides("--evaluation.lm_eval.limit", "4")
+    sharded = read_run_config(PROJECT / "configs/test.yaml", [*limited, "--training.parallelism", "fsdp"])
+    with pytest.raises(ValueError, match="limit: 4 is below the 8 processes that share the questions"):
+        require_questions(sharded, 8)
+    require_questions(sharded, 4)
+    require_questions(read_run_config(PROJECT / "configs/test.yaml", limited), 8)  # one process scores a whole model
 
 
 @pytest.mark.parametrize(("file", "kind"), [("examples/reward", "a reward model"), ("eagle3_test", "a draft head")])
