@@ -10,6 +10,7 @@ import xxhash
 from answering.config import AnswersConfig
 from training.config import ModelConfig
 from training.model_identity import model_identity
+from training.vllm_config import shaping_settings
 
 FORMAT_VERSION = 1
 """Raised whenever the same request gives other answers, so that old ones are not taken for new."""
@@ -27,8 +28,7 @@ def answers_key(writer: ModelConfig, answers: AnswersConfig, *, data_key: str, s
         "keep_unfinished": answers.keep_unfinished,
         "seed": seed if answers.temperature else None,
     }
-    if answers.engine != "transformers":
-        parts |= {"engine": answers.engine, "arguments": answers.vllm.arguments if answers.vllm else {}}
+    parts |= shaping_settings(answers.engine, answers.vllm)
     return xxhash.xxh3_64_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
 
 

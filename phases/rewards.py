@@ -20,6 +20,7 @@ from training.block import (
 from training.checkpoints import Checkpoint
 from training.distributed import Ranks
 from training.run import FinetuningRun
+from training.vllm_config import VllmConfig, shaping_settings
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +64,7 @@ def objective(run: FinetuningRun) -> str:
     """All that shapes the loss, in words: a checkpoint is resumed under these settings only."""
     settings = settings_of(run)
     shaping = {name: value for name, value in asdict(settings).items() if name not in ("engine", "vllm")}
-    if settings.engine != "transformers":  # where vLLM is found, and its memory, shape nothing
-        shaping |= {"engine": settings.engine, "arguments": settings.vllm.arguments if settings.vllm else {}}
+    shaping |= shaping_settings(settings.engine, settings.vllm)
     return objective_in_words(run, {**shaping, "max_length": run.dataset.max_length})
 
 
@@ -104,7 +104,6 @@ def build_engine(run: FinetuningRun) -> VllmEngine | None:
         return None
     from answering.vllm_engine import VllmEngine
     from training.models import precision
-    from training.vllm_config import VllmConfig
 
     return VllmEngine(
         settings.vllm or VllmConfig(),

@@ -48,6 +48,16 @@ class VllmConfig:
             raise ValueError("\n".join(problems))
 
 
+def shaping_settings(engine: Engine, vllm: VllmConfig | None) -> dict[str, Any]:
+    """What of an engine shapes what it writes, for keys and comparisons: where vLLM is found, and its memory, do not.
+
+    Nothing for transformers.
+    """
+    if engine == "transformers":
+        return {}
+    return {"engine": engine, "arguments": vllm.arguments if vllm else {}}
+
+
 def unread_vllm(key: str, engine: Engine, vllm: VllmConfig | None) -> list[str]:
     """What is wrong with a section `key` that holds both."""
     if engine == "vllm" or vllm is None:
